@@ -1,0 +1,147 @@
+"""A PostgreSQL DSN that cannot print its password."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from shardlib.errors import InvalidArgument
+
+__all__ = ["Dsn"]
+
+_SECRET: Final = ("password", "sslpassword")
+_SCHEMES: Final = ("postgresql", "postgres")
+
+
+class Dsn:
+    """The address of one PostgreSQL database: a `postgresql://` URL or a libpq `key=value` string.
+
+    The password may be a reference instead of the secret itself, read again at every new connection, so that a
+    rotated one is picked up: ``env:NAME`` (a variable of the process) or ``file:/path`` (first line of a file).
+
+    Printing it, in any way, shows everything but the secrets. `reveal()` gives the whole string.
+
+    Raises:
+        InvalidArgument: the text is not a PostgreSQL DSN. The message never holds the text itself, since a
+            malformed DSN may hold a password anywhere.
+    """
+
+    __slots__ = ("_params", "_text")
+
+    def __init__(self, text: str) -> None:
+        if not isinstance(text, str):
+            raise InvalidArgument("dsn", type(text).__name__, "a PostgreSQL DSN is a string")
+        scheme = text.split("://", 1)[0] if "://" in text else None
+        if scheme is not None and "=" not in scheme and scheme not in _SCHEMES:
+            raise InvalidArgument("dsn", f"{scheme}://...", "a PostgreSQL DSN starts with postgresql://")
+        try:
+            params = conninfo_to_dict(text)
+        except ProgrammingError:
+            raise InvalidArgument(
+                "dsn", "***", "not a PostgreSQL DSN; write postgresql://user:password@host:port/database"
+            ) from None
+        if not params.get("host") and not params.get("service"):
+            raise InvalidArgument("dsn", "***", "a DSN names its host, as in postgresql://user@host:port/database")
+        self._text = text
+        self._params: dict[str, Any] = dict(params)
+
+    @property
+    def host(self) -> str:
+        """Host name, address or socket folder (several, comma-separated, in a multi-host DSN)."""
+        return str(self._params.get("host", ""))
+
+    @property
+    def port(self) -> str:
+        """Port, as text."""
+        return str(self._params.get("port", "5432"))
+
+    @property
+    def dbname(self) -> str:
+        """Database name; libpq's default is the user's name."""
+        return str(self._params.get("dbname") or self._params.get("user", ""))
+
+    @property
+    def user(self) -> str:
+        """Role name, empty if the DSN leaves it to libpq."""
+        return str(self._params.get("user", ""))
+
+    def reveal(self) -> str:
+        """The DSN as it was given, secrets included. For storing, never for showing."""
+        return self._text
+
+    def conninfo(self, **overrides: object) -> str:
+        """A libpq connection string with the password resolved and `overrides` added.
+
+        Raises:
+            InvalidArgument: the password is a reference that leads nowhere (the reference is shown, it is no secret).
+        """
+        params = {**self._params, **overrides}
+        if (password := params.get("password")) is not None:
+            params["password"] = _resolve(str(password))
+        return make_conninfo("", **params)
+
+    def safe(self) -> str:
+        """`postgresql://user@host:port/dbname`, without any secret."""
+        user = f"{self.user}@" if self.user else ""
+        return f"postgresql://{user}{self.host}:{self.port}/{self.dbname}"
+
+    def __str__(self) -> str:
+        return self.safe()
+
+    def __repr__(self) -> str:
+        return f"Dsn({self.safe()!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Dsn) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __reduce__(self) -> tuple[type[Dsn], tuple[str]]:
+        return (Dsn, (self._text,))
+
+
+def _resolve(password: str) -> str:
+    if password.startswith("env:"):
+        name = password[4:]
+        try:
+            return os.environ[name]
+        except KeyError:
+            raise InvalidArgument("password", password, f"the environment has no variable {name}") from None
+    if password.startswith("file:"):
+        path = Path(password[5:])
+        try:
+            return path.read_text(encoding="utf-8").splitlines()[0]
+        except (OSError, IndexError):
+            raise InvalidArgument("password", password, "the file cannot be read or is empty") from None
+    return password
+
+
+def secrets_of(text: str) -> tuple[str, ...]:
+    """The secret parts of a DSN or URL, as given and percent-decoded, for scrubbing messages of other libraries."""
+    found: list[str] = []
+    if "://" in text:
+        try:
+            if password := urlsplit(text).password:
+                found += [password, unquote(password)]
+        except ValueError:
+            pass  # not a URL after all: the libpq form below
+    try:
+        params = conninfo_to_dict(text)
+    except ProgrammingError:
+        params = {}
+    found += [str(params[name]) for name in _SECRET if params.get(name)]
+    return tuple(dict.fromkeys(found))
+
+
+def scrub(message: str, *texts: str) -> str:
+    """`message` without any of the secrets of the given DSNs or URLs."""
+    for text in texts:
+        for secret in secrets_of(text):
+            message = message.replace(secret, "***")
+    return message

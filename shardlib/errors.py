@@ -1,0 +1,239 @@
+"""Every error of shardlib: what went wrong, the offending value, and the way out.
+
+::
+
+    ShardlibError
+     ├─ RetryableError                     nothing of the work was applied; running it again is safe
+     │   ├─ StaleTopology                  the shard has closed the gate this client came through
+     │   ├─ ShardUnavailable               no server of the shard answered
+     │   ├─ CatalogUnavailable             the catalog did not answer
+     │   └─ PoolTimeout                    no connection became free in time
+     ├─ CommitOutcomeUnknown               COMMIT was sent, its answer never came: never retried by itself
+     ├─ ShardKeyRequired                   the statement or row names no shard key
+     ├─ ShardKeyMismatch                   a key other than the one the session is pinned to
+     ├─ ShardKeyChanged                    an UPDATE would change the shard key of a row
+     ├─ InvalidShardKey                    a value that cannot be a shard key
+     ├─ CrossShardTransaction              writes on several shards without two-phase commit
+     ├─ UnsupportedCrossShardQuery         an answer over several shards that would need a merge
+     ├─ UnsupportedOperation               something the fence cannot protect, or a shard cannot do
+     ├─ InvalidTopology                    a topology, catalog or shard database that does not fit
+     └─ InvalidArgument                    an option with a wrong value (also a ValueError)
+
+Errors pickle, carry their values as attributes, and never hold a password.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "CatalogUnavailable",
+    "CommitOutcomeUnknown",
+    "CrossShardTransaction",
+    "InvalidArgument",
+    "InvalidShardKey",
+    "InvalidTopology",
+    "PoolTimeout",
+    "RetryableError",
+    "ShardKeyChanged",
+    "ShardKeyMismatch",
+    "ShardKeyRequired",
+    "ShardUnavailable",
+    "ShardlibError",
+    "StaleTopology",
+    "UnsupportedCrossShardQuery",
+    "UnsupportedOperation",
+]
+
+
+def _shown(value: object) -> str:
+    """`repr` of a value, cut so that a message stays readable."""
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+class ShardlibError(Exception):
+    """Base of every error that shardlib raises on purpose."""
+
+
+class RetryableError(ShardlibError):
+    """Nothing of the work was applied: running the whole unit of work again is safe."""
+
+
+class StaleTopology(RetryableError):
+    """The shard's database has closed the gate this client came through. Nothing of the transaction was applied."""
+
+    def __init__(self, shard: str, gate: int, version: int) -> None:
+        super().__init__(shard, gate, version)
+        self.shard, self.gate, self.version = shard, gate, version
+
+    def __str__(self) -> str:
+        return (
+            f"gate {self.gate} of shard {self.shard!r} is closed; this client routed by topology {self.version}; "
+            "call engine.refresh() and run the unit of work again, or let engine.run() do it"
+        )
+
+
+class ShardUnavailable(RetryableError):
+    """No server of the shard could be reached; nothing was sent."""
+
+    def __init__(self, shard: str, reason: str) -> None:
+        super().__init__(shard, reason)
+        self.shard, self.reason = shard, reason
+
+    def __str__(self) -> str:
+        return f"shard {self.shard!r} is not reachable: {self.reason}; other shards are not affected"
+
+
+class CatalogUnavailable(RetryableError):
+    """The catalog did not answer in time. Reads and writes go on from the cached topology."""
+
+    def __init__(self, catalog: str, reason: str) -> None:
+        super().__init__(catalog, reason)
+        self.catalog, self.reason = catalog, reason
+
+    def __str__(self) -> str:
+        return (
+            f"catalog {self.catalog} is not reachable: {self.reason}; check that it runs and that the URL is right "
+            "(an application can start without it from a saved topology: topology_file=...)"
+        )
+
+
+class PoolTimeout(RetryableError):
+    """No connection to the shard became free within the wait limit."""
+
+    def __init__(self, shard: str, timeout_s: float, detail: str) -> None:
+        super().__init__(shard, timeout_s, detail)
+        self.shard, self.timeout_s, self.detail = shard, timeout_s, detail
+
+    def __str__(self) -> str:
+        return (
+            f"no connection to shard {self.shard!r} became free within {self.timeout_s:g} s ({self.detail}); "
+            "raise pool_size or max_connections, or hold transactions for less time"
+        )
+
+
+class CommitOutcomeUnknown(ShardlibError):
+    """COMMIT was sent and its answer did not come, or came without the guarantee asked for.
+
+    The transaction may or may not be durable. It is never retried by shardlib, since that could apply it twice:
+    read back what the transaction wrote (an id of yours in it tells), then decide.
+    """
+
+    def __init__(self, shard: str, reason: str) -> None:
+        super().__init__(shard, reason)
+        self.shard, self.reason = shard, reason
+
+    def __str__(self) -> str:
+        return (
+            f"the outcome of a COMMIT on shard {self.shard!r} is unknown: {self.reason}; "
+            "read back what it wrote before running it again"
+        )
+
+
+class ShardKeyRequired(ShardlibError):
+    """The statement, row or model names no shard key, so no shard can be chosen."""
+
+    def __init__(self, what: str, way_out: str) -> None:
+        super().__init__(what, way_out)
+        self.what, self.way_out = what, way_out
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.way_out}"
+
+
+class ShardKeyMismatch(ShardlibError):
+    """A row or statement for another shard key than the one the session or connection is pinned to."""
+
+    def __init__(self, pinned: object, found: object, where: str) -> None:
+        super().__init__(pinned, found, where)
+        self.pinned, self.found, self.where = pinned, found, where
+
+    def __str__(self) -> str:
+        return (
+            f"{self.where} has shard key {_shown(self.found)}, but the session is pinned to {_shown(self.pinned)}; "
+            "open a session for that key, or one without a key"
+        )
+
+
+class ShardKeyChanged(ShardlibError):
+    """An UPDATE would change the shard key of a row, that is, move it."""
+
+    def __init__(self, table: str, old: object, new: object) -> None:
+        super().__init__(table, old, new)
+        self.table, self.old, self.new = table, old, new
+
+    def __str__(self) -> str:
+        return (
+            f"the shard key of a row of {self.table!r} cannot change from {_shown(self.old)} to {_shown(self.new)}; "
+            "insert a row with the new key and delete the old one"
+        )
+
+
+class InvalidShardKey(ShardlibError):
+    """A value that cannot be a shard key: wrong type, NULL, or no stable text in PostgreSQL."""
+
+    def __init__(self, value: object, reason: str) -> None:
+        super().__init__(value, reason)
+        self.value, self.reason = value, reason
+
+    def __str__(self) -> str:
+        return f"{_shown(self.value)} ({type(self.value).__name__}) cannot be a shard key: {self.reason}"
+
+
+class CrossShardTransaction(ShardlibError):
+    """Writes of one transaction on several shards, without two-phase commit."""
+
+    def __init__(self, shards: Sequence[str]) -> None:
+        super().__init__(tuple(shards))
+        self.shards = tuple(shards)
+
+    def __str__(self) -> str:
+        return (
+            f"one transaction would write on the shards {', '.join(map(repr, self.shards))}; "
+            "commit after each shard, or open the session with twophase=True"
+        )
+
+
+class UnsupportedCrossShardQuery(ShardlibError):
+    """A statement over several shards whose answer would need a merge that is not done."""
+
+    def __init__(self, reason: str, way_out: str) -> None:
+        super().__init__(reason, way_out)
+        self.reason, self.way_out = reason, way_out
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.way_out}"
+
+
+class UnsupportedOperation(ShardlibError):
+    """Something that the fence cannot protect, or that a sharded database cannot do."""
+
+    def __init__(self, what: str, way_out: str) -> None:
+        super().__init__(what, way_out)
+        self.what, self.way_out = what, way_out
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.way_out}"
+
+
+class InvalidTopology(ShardlibError):
+    """A topology, catalog or shard database that is empty, damaged, foreign, or does not fit this client."""
+
+    def __init__(self, problem: str, way_out: str) -> None:
+        super().__init__(problem, way_out)
+        self.problem, self.way_out = problem, way_out
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.way_out}"
+
+
+class InvalidArgument(ShardlibError, ValueError):
+    """An option or argument with a value that is not allowed."""
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        super().__init__(name, value, allowed)
+        self.name, self.value, self.allowed = name, value, allowed
+
+    def __str__(self) -> str:
+        return f"{self.name}={_shown(self.value)} is not allowed: {self.allowed}"

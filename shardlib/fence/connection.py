@@ -1,0 +1,196 @@
+"""The gate, taken inside the first round trip of a transaction; and a COMMIT that tells the truth.
+
+psycopg starts a transaction with a generator that its blocking and its asyncio connection share, so one mixin
+serves both. Where psycopg would send ``BEGIN``, a fenced connection sends
+``BEGIN; LOCK TABLE shardlib.gate_17 IN ACCESS SHARE MODE`` as one message: no round trip more. `LOCK TABLE` takes
+no snapshot and looks the name up anew after every wait, so a gate that closes meanwhile refuses the transaction at
+every isolation level.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator, Sequence
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+
+import psycopg
+from psycopg import errors as pg
+from psycopg import generators, pq
+from psycopg.abc import PQGen
+from sqlalchemy.util import await_only
+
+from shardlib.errors import CommitOutcomeUnknown, InvalidTopology, UnsupportedOperation
+from shardlib.fence.verdict import GateClosed, commit_outcome_unknown, is_closed_gate
+
+__all__ = ["AsyncFencedConnection", "FencedConnection", "drive", "lock_gates", "start"]
+
+T = TypeVar("T")
+
+_IDLE: Final = pq.TransactionStatus.IDLE
+_INERROR: Final = pq.TransactionStatus.INERROR
+_FATAL: Final = pq.ExecStatus.FATAL_ERROR
+
+if TYPE_CHECKING:
+    _Base = psycopg.Connection[Any]
+else:
+    _Base = object
+
+
+def lock_sql(gates: Sequence[int]) -> bytes:
+    """The statement that takes these gates. Gate numbers are integers, so nothing needs quoting."""
+    names = ", ".join([f"shardlib.gate_{number:d}" for number in gates])
+    return f"LOCK TABLE {names} IN ACCESS SHARE MODE".encode()
+
+
+class _Fenced(_Base):
+    """What the two connection classes share: no transaction without a gate, no commit that claims too much."""
+
+    shard_name: str = "?"
+    sealed: bool = False
+    """Once set, a transaction starts only with the gates of `arm`. Unset while the driver sets a connection up."""
+    _gates: tuple[int, ...] = ()
+    _unreplicated: bool = False
+
+    def arm(self, gates: tuple[int, ...]) -> None:
+        """The gates that the next transaction takes. They are used up by its start."""
+        self.sealed = True
+        self._gates = gates
+
+    def _start_query(self) -> PQGen[None]:
+        if not self.sealed:
+            yield from super()._start_query()
+            return
+        if self.pgconn.transaction_status != _IDLE:
+            return
+        if self._autocommit:
+            raise UnsupportedOperation(
+                "a statement in AUTOCOMMIT mode runs outside any transaction, where no gate can be held",
+                "use a transaction (engine.run, session.commit), or your own connection to shard.primary for "
+                "statements that PostgreSQL refuses inside one",
+            )
+        if self._pipeline:
+            raise UnsupportedOperation(
+                "a transaction cannot start inside psycopg's pipeline mode", "execute a statement before the pipeline"
+            )
+        if not self._gates:
+            raise UnsupportedOperation(
+                "a statement would run on a shard's connection outside of a routed transaction",
+                "begin a new transaction through the session or connection that routed it",
+            )
+        gates, self._gates = self._gates, ()
+        self._check_connection_ok()
+        self.pgconn.send_query(self._get_tx_start_command() + b"; " + lock_sql(gates))
+        yield from self._gates_answer(gates)
+
+    def _lock_gates_gen(self, gates: tuple[int, ...]) -> PQGen[None]:
+        """Take more gates inside the running transaction."""
+        self._check_connection_ok()
+        self.pgconn.send_query(lock_sql(gates))
+        yield from self._gates_answer(gates)
+
+    def _gates_answer(self, gates: tuple[int, ...]) -> PQGen[None]:
+        results = yield from generators.execute(self.pgconn)
+        last = results[-1]
+        if last.status != _FATAL:
+            return
+        error = pg.error_from_result(last, encoding=self.pgconn._encoding)
+        if self.pgconn.transaction_status == _INERROR:
+            yield from self._exec_command(b"ROLLBACK")
+        if is_closed_gate(error):
+            raise GateClosed(gates)
+        if isinstance(error, pg.InvalidSchemaName):
+            raise InvalidTopology(
+                f"the database of shard {self.shard_name!r} has no schema shardlib",
+                "it was dropped, or the DSN leads elsewhere; engine.create_all installs it again",
+            ) from error
+        if isinstance(error, pg.InsufficientPrivilege):
+            raise InvalidTopology(
+                f"role {self.info.user!r} may not take the gates of shard {self.shard_name!r}",
+                f"grant it: engine.create_all(metadata, app_roles=[{self.info.user!r}])",
+            ) from error
+        raise error
+
+    def _commit_gen(self) -> PQGen[None]:
+        status = self.pgconn.transaction_status
+        if status == _IDLE:
+            return
+        if status == _INERROR:
+            # PostgreSQL would answer COMMIT with ROLLBACK and no error: nothing would be kept, and nobody told.
+            raise pg.InFailedSqlTransaction(
+                "the transaction has failed and cannot be committed; roll it back and run it again"
+            )
+        self._unreplicated = False
+        try:
+            yield from super()._commit_gen()
+        except psycopg.Error as error:
+            if commit_outcome_unknown(error):
+                raise CommitOutcomeUnknown(self.shard_name, str(error).strip() or type(error).__name__) from error
+            raise
+        if self._unreplicated:
+            raise CommitOutcomeUnknown(
+                self.shard_name, "the wait for a synchronous replica was cancelled; the primary alone has it"
+            )
+
+    def _see_notice(self, diagnostic: pg.Diagnostic) -> None:
+        if diagnostic.sqlstate == "01000" and diagnostic.source_function == "SyncRepWaitForLSN":
+            self._unreplicated = True
+
+
+class FencedConnection(_Fenced, psycopg.Connection[Any]):
+    """A blocking psycopg connection behind the fence."""
+
+    def __init__(self, *args: Any, **kw: Any) -> None:
+        super().__init__(*args, **kw)
+        self.add_notice_handler(self._see_notice)
+
+
+class AsyncFencedConnection(_Fenced, psycopg.AsyncConnection[Any]):  # type: ignore[misc]
+    """An asyncio psycopg connection behind the fence."""
+
+    def __init__(self, *args: Any, **kw: Any) -> None:
+        super().__init__(*args, **kw)
+        self.add_notice_handler(self._see_notice)
+
+    async def commit(self) -> None:  # type: ignore[override]
+        """Commit; a cancellation that arrives meanwhile is kept back until the outcome is known.
+
+        Passing it on would cancel the statement in the server, which ends the wait for a synchronous replica while
+        the row stays: acknowledged to nobody, visible to all.
+        """
+        running = asyncio.ensure_future(super().commit())  # type: ignore[func-returns-value,arg-type]
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:
+            if not running.done():
+                await asyncio.wait([running])
+            if not running.cancelled() and (error := running.exception()) is not None:
+                raise error from None
+            raise
+
+
+def drive(driver: FencedConnection | AsyncFencedConnection, generator: Generator[Any, Any, T]) -> T:
+    """Run a generator of the connection to its end: blocking, or inside SQLAlchemy's greenlet for asyncio."""
+    answer = driver.wait(generator)
+    return cast(T, await_only(answer) if isawaitable(answer) else answer)
+
+
+def start(driver: FencedConnection | AsyncFencedConnection, gates: tuple[int, ...]) -> None:
+    """Begin a transaction that holds these gates, in one round trip.
+
+    Raises:
+        GateClosed: one of them is gone; nothing ran, and the connection is idle again.
+        InvalidTopology: the schema is missing or the role may not take the gate.
+        psycopg.Error: the connection was lost, or the server refused for another reason.
+    """
+    driver.arm(gates)
+    drive(driver, driver._start_query())
+
+
+def lock_gates(driver: FencedConnection | AsyncFencedConnection, gates: tuple[int, ...]) -> None:
+    """Take more gates inside the running transaction, in one round trip.
+
+    Raises:
+        GateClosed: one of them is gone; the transaction has been rolled back.
+    """
+    drive(driver, driver._lock_gates_gen(gates))

@@ -1,0 +1,232 @@
+"""One immutable snapshot of the cluster: what a client routes by until the next one replaces it."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import NamedTuple
+
+from shardlib.dsn import Dsn
+from shardlib.errors import InvalidTopology
+from shardlib.ring import Ring, TokenRange
+
+__all__ = ["Gate", "Move", "MoveState", "Place", "Shard", "Status", "Table", "Topology"]
+
+
+class Status(StrEnum):
+    """What a shard is doing. Only `inactive` takes no statements at all."""
+
+    ACTIVE = "active"
+    MIGRATING = "migrating"
+    READONLY = "readonly"
+    INACTIVE = "inactive"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One shard: its id (`s1`, never used twice), its name, and where its servers are."""
+
+    id: str
+    name: str
+    primary: Dsn
+    replicas: tuple[Dsn, ...] = ()
+    status: Status = Status.ACTIVE
+    vnode_count: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A gate of a shard: the default one (no ranges), or one for ranges of its own."""
+
+    number: int
+    shard_id: str
+    ranges: tuple[TokenRange, ...] = ()
+
+
+class MoveState(StrEnum):
+    """Where the rows of a move are: still arriving, or served by the target."""
+
+    COPYING = "copying"
+    SWITCHED = "switched"
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Token ranges on their way from one shard to another, as a job numbered `job` moves them."""
+
+    job: int
+    ranges: tuple[TokenRange, ...]
+    source: str
+    target: str
+    state: MoveState = MoveState.COPYING
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table that the cluster knows: sharded by `key` columns, or a reference table (no key columns)."""
+
+    name: str
+    key: tuple[str, ...] = ()
+    schema: str | None = None
+
+    @property
+    def reference(self) -> bool:
+        """Whether every shard holds the same full copy."""
+        return not self.key
+
+    @property
+    def fullname(self) -> str:
+        """`schema.name`, or the name alone: the key under which SQLAlchemy's MetaData holds the table."""
+        return f"{self.schema}.{self.name}" if self.schema else self.name
+
+
+class Place(NamedTuple):
+    """Where a token lives: the shard that owns it and the gate that covers it there."""
+
+    shard: Shard
+    gate: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Topology:
+    """An immutable snapshot: version, shards, ring, gates, moves under way, hash function, tables.
+
+    Invariants, checked at construction: names and ids are unique; every owner in the ring is a shard; every shard
+    that owns tokens has one default gate; gates with ranges belong to the owner of those ranges and do not overlap;
+    no gate or shard number is at or past the next free one.
+
+    Raises:
+        InvalidTopology: an invariant does not hold.
+    """
+
+    version: int
+    cluster_id: str
+    hash_function: str
+    shards: tuple[Shard, ...]
+    ring: Ring
+    gates: tuple[Gate, ...]
+    tables: tuple[Table, ...] = ()
+    moves: tuple[Move, ...] = ()
+    next_shard: int = 1
+    next_gate: int = 1
+    nonce: str = ""
+    """Told apart by its writer: a lost reply of the catalog is settled by reading this back."""
+    _by_id: dict[str, Shard] = field(init=False, repr=False)
+    _by_name: dict[str, Shard] = field(init=False, repr=False)
+    _default: dict[str, int] = field(init=False, repr=False)
+    _owners: tuple[Place, ...] = field(init=False, repr=False)
+    _first: array[int] = field(init=False, repr=False)
+    _special: tuple[tuple[int, int], ...] = field(init=False, repr=False)
+    _tables: dict[str, Table] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "_by_id", {shard.id: shard for shard in self.shards})
+        put(self, "_by_name", {shard.name: shard for shard in self.shards})
+        put(self, "_tables", {table.fullname: table for table in self.tables})
+        put(self, "_default", {gate.shard_id: gate.number for gate in self.gates if not gate.ranges})
+        self._check_names()
+        special = sorted((part.first, part.last, gate) for gate in self.gates for part in gate.ranges)
+        self._check_gates(special)
+        put(self, "_first", array("Q", (first for first, _, _ in special)))
+        put(self, "_special", tuple((last, gate.number) for _, last, gate in special))
+        put(self, "_owners", tuple(Place(self._by_id[i], self._default[i]) for i in self.ring.shard_ids))
+
+    def _check_names(self) -> None:
+        if len(self._by_id) != len(self.shards) or len(self._by_name) != len(self.shards):
+            raise InvalidTopology(
+                f"topology {self.version} names a shard twice", "shard names and ids are unique in a cluster"
+            )
+        for owner in self.ring.shard_ids:
+            if owner not in self._by_id:
+                raise InvalidTopology(
+                    f"topology {self.version}: the ring gives tokens to {owner!r}, which is no shard", _RESTORE
+                )
+            if owner not in self._default:
+                raise InvalidTopology(
+                    f"topology {self.version}: shard {owner!r} owns tokens but has no default gate", _RESTORE
+                )
+
+    def _check_gates(self, special: list[tuple[int, int, Gate]]) -> None:
+        numbers = [gate.number for gate in self.gates]
+        if len(set(numbers)) != len(numbers) or max(numbers, default=0) >= self.next_gate:
+            raise InvalidTopology(f"topology {self.version}: a gate number is used twice", _RESTORE)
+        defaults = sum(1 for gate in self.gates if not gate.ranges)
+        if defaults != len(self._default):
+            raise InvalidTopology(f"topology {self.version}: a shard has two default gates", _RESTORE)
+        before = -1
+        for first, last, gate in special:
+            if first <= before or last < first:
+                raise InvalidTopology(f"topology {self.version}: the ranges of gate {gate.number} overlap", _RESTORE)
+            before = last
+            if not self.ring.owns(gate.shard_id, TokenRange(first, last)):
+                raise InvalidTopology(
+                    f"topology {self.version}: gate {gate.number} covers ranges that {gate.shard_id!r} does not own",
+                    _RESTORE,
+                )
+
+    def place(self, token: int) -> Place:
+        """The shard that owns a token and the gate that covers it there.
+
+        Args:
+            token: unsigned, 0 <= token < 2**64.
+        Cost: one ring lookup, and one bisection more while some ranges have a gate of their own.
+        """
+        owner = self._owners[self.ring.index_of(token)]
+        if self._special:
+            i = bisect_right(self._first, token) - 1
+            if i >= 0 and token <= self._special[i][0]:
+                return Place(owner.shard, self._special[i][1])
+        return owner
+
+    def gates_of(self, shard_id: str) -> tuple[int, ...]:
+        """The numbers of all gates of a shard, rising: what a statement that reads the whole shard must hold."""
+        return tuple(sorted(gate.number for gate in self.gates if gate.shard_id == shard_id))
+
+    def default_gate(self, shard_id: str) -> int:
+        """The number of a shard's default gate.
+
+        Raises:
+            InvalidTopology: the shard has none, which only a shard without tokens may.
+        """
+        try:
+            return self._default[shard_id]
+        except KeyError:
+            raise InvalidTopology(f"shard {shard_id!r} has no default gate", "it owns no tokens yet") from None
+
+    def shard(self, name_or_id: str) -> Shard:
+        """A shard by its name or its id.
+
+        Raises:
+            InvalidTopology: there is none, or the argument is no string.
+        """
+        found = self._by_name.get(name_or_id) or self._by_id.get(name_or_id)
+        if found is None:
+            known = ", ".join(shard.name for shard in self.shards) or "none"
+            raise InvalidTopology(f"there is no shard {name_or_id!r}", f"the shards are: {known}")
+        return found
+
+    def owners(self) -> tuple[Shard, ...]:
+        """The shards that own at least one token, in the order of `shards`: those a scan must ask."""
+        owning = set(self.ring.shard_ids)
+        return tuple(shard for shard in self.shards if shard.id in owning)
+
+    def table(self, fullname: str) -> Table | None:
+        """The recorded table of that name (`schema.name` or `name`), or None."""
+        return self._tables.get(fullname)
+
+    def evolve(self, **changes: object) -> Topology:
+        """The next version with these fields replaced; `version` rises by one unless given."""
+        changes.setdefault("version", self.version + 1)
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+_RESTORE = "the catalog's content is damaged; restore it, or publish a right one with a higher version"
+
+
+def next_free(used: Iterable[int]) -> int:
+    """One past the highest number, or 1."""
+    return max(used, default=0) + 1
