@@ -1,0 +1,1 @@
+"""Real PostgreSQL and etcd servers from wheels, started on this machine."""
