@@ -1,0 +1,131 @@
+"""Every check of the project by name. `nox -l` lists them; `sh scripts/test` runs the default ones.
+
+The sessions run in the environment that nox itself is installed in (`pip install -e '.[dev]'`), so that
+nothing is installed twice. Only `tests-3.11` to `tests-3.13` make environments of their own, for the Pythons
+that this machine has.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+REPORTS = os.environ.get("SHARDLIB_REPORTS")
+EXAMPLE_TIMEOUT_S = 180
+
+nox.needs_version = ">=2024.10"
+nox.options.default_venv_backend = "none"
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["lint", "types", "imports", "docs", "examples", "bench", "tests", "faults"]
+
+
+def python(session: nox.Session, *arguments: str, **env: str) -> None:
+    """Run this environment's Python with arguments."""
+    session.run(sys.executable, *arguments, env=env, external=True)
+
+
+def pytest(session: nox.Session, *arguments: str, interpreter: str = sys.executable) -> None:
+    """Run pytest, and leave a report for the total at the end when one is asked for."""
+    report = [f"--junit-xml={Path(REPORTS) / session.name}.xml"] if REPORTS else []
+    session.run(interpreter, "-m", "pytest", *arguments, *report, *session.posargs, external=True)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and likely faults, and the format."""
+    python(session, "-m", "ruff", "check", ".")
+    python(session, "-m", "ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy --strict over the packages; what a user's code sees, by mypy and pyright."""
+    python(session, "-m", "mypy")
+    python(session, "-m", "mypy", "--no-warn-unused-configs", "tests/typing/api.py")
+    python(session, "-m", "pyright", "--pythonpath", sys.executable, "tests/typing/api.py")
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Who may import whom (`[tool.importlinter]` in pyproject.toml)."""
+    session.run(str(Path(sys.executable).with_name("lint-imports")), "--no-logo", external=True)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a warning or a reference to nowhere is an error."""
+    target = ROOT / "docs" / "_build"
+    shutil.rmtree(target, ignore_errors=True)
+    python(
+        session, "-m", "sphinx", "-W", "-n", "--keep-going", "-q", "-b", "html", "docs", str(target / "html")
+    )
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests but those that break servers."""
+    pytest(session, "-m", "not fault and not soak")
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Tests that kill, stop and cut real servers. SHARDLIB_SOAK_S: seconds of each long run (30)."""
+    os.environ.setdefault("SHARDLIB_SOAK_S", "30")
+    pytest(session, "-m", "fault or soak")
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Run each example as a user would; each starts its own cluster and checks its own results."""
+    failed = []
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        if session.posargs and path.name not in session.posargs:
+            continue
+        session.log(f"python {path.name}")
+        try:
+            subprocess.run([sys.executable, "-W", "error", str(path)], check=True, timeout=EXAMPLE_TIMEOUT_S)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            session.warn(str(error))
+            failed.append(path.name)
+    if failed:
+        session.error(f"failed: {', '.join(failed)}")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure, and print the table. As one of all checks, at a small size: only to see that it works."""
+    small = [] if session.posargs or not REPORTS else ["--small"]
+    python(session, "-m", "benchmarks", *small, *session.posargs)
+
+
+@nox.session(default=False)
+def demo(session: nox.Session) -> None:
+    """The demo of the README."""
+    python(session, "-m", "shardlib_ops.cli.main", "demo", *session.posargs)
+
+
+def matrix(version: str) -> Callable[[nox.Session], None]:
+    """A session that runs the tests on another Python, with the project installed there as a user would."""
+
+    def run(session: nox.Session) -> None:
+        session.install(f"{ROOT}[dev]")
+        pytest(session, "-m", "not fault and not soak", interpreter="python")
+
+    run.__doc__ = f"The tests on Python {version}, in an environment of its own; skipped where there is none."
+    return run
+
+
+for _version in ("3.11", "3.12", "3.13"):
+    nox.session(
+        matrix(_version),
+        name=f"tests-{_version}",
+        python=_version,
+        venv_backend="venv",
+        reuse_venv=True,
+        default=False,
+    )
