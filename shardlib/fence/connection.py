@@ -20,16 +20,25 @@ from psycopg import generators, pq
 from psycopg.abc import PQGen
 from sqlalchemy.util import await_only
 
-from shardlib.errors import CommitOutcomeUnknown, InvalidTopology, UnsupportedOperation
+from shardlib.errors import InvalidTopology, UnsupportedOperation
 from shardlib.fence.verdict import GateClosed, commit_outcome_unknown, is_closed_gate
 
-__all__ = ["AsyncFencedConnection", "FencedConnection", "drive", "lock_gates", "start"]
+__all__ = ["AsyncFencedConnection", "FencedConnection", "UnknownCommit", "drive", "lock_gates", "start"]
 
 T = TypeVar("T")
 
 _IDLE: Final = pq.TransactionStatus.IDLE
 _INERROR: Final = pq.TransactionStatus.INERROR
 _FATAL: Final = pq.ExecStatus.FATAL_ERROR
+
+
+
+class UnknownCommit(psycopg.OperationalError):
+    """COMMIT was sent and its outcome is unknown; the engine shows it as `CommitOutcomeUnknown`.
+
+    A driver error here, so that SQLAlchemy sees a lost connection as one and lets go of it.
+    """
+
 
 if TYPE_CHECKING:
     _Base = psycopg.Connection[Any]
@@ -89,6 +98,33 @@ class _Fenced(_Base):
         self.pgconn.send_query(lock_sql(gates))
         yield from self._gates_answer(gates)
 
+    def message(self, command: bytes) -> PQGen[None]:
+        """Send one simple-query message, of any number of statements, whose rows do not matter.
+
+        Raises:
+            psycopg.Error: the first error that the server answers.
+        """
+        self._check_connection_ok()
+        self.pgconn.send_query(command)
+        for result in (yield from generators.execute(self.pgconn)):
+            if result.status == _FATAL:
+                raise pg.error_from_result(result, encoding=self.pgconn._encoding)
+
+    def one_row(self, query: bytes) -> Generator[Any, Any, tuple[str, ...] | None]:
+        """The first row of a query as text, or None if there is none, or no such table or schema."""
+        self._check_connection_ok()
+        self.pgconn.send_query(query)
+        results = yield from generators.execute(self.pgconn)
+        answer = results[-1]
+        if answer.status == _FATAL:
+            error = pg.error_from_result(answer, encoding=self.pgconn._encoding)
+            if isinstance(error, pg.UndefinedTable | pg.InvalidSchemaName):
+                return None
+            raise error
+        if answer.ntuples == 0:
+            return None
+        return tuple((answer.get_value(0, column) or b"").decode() for column in range(answer.nfields))
+
     def _gates_answer(self, gates: tuple[int, ...]) -> PQGen[None]:
         results = yield from generators.execute(self.pgconn)
         last = results[-1]
@@ -125,12 +161,10 @@ class _Fenced(_Base):
             yield from super()._commit_gen()
         except psycopg.Error as error:
             if commit_outcome_unknown(error):
-                raise CommitOutcomeUnknown(self.shard_name, str(error).strip() or type(error).__name__) from error
+                raise UnknownCommit(str(error).strip() or type(error).__name__) from error
             raise
         if self._unreplicated:
-            raise CommitOutcomeUnknown(
-                self.shard_name, "the wait for a synchronous replica was cancelled; the primary alone has it"
-            )
+            raise UnknownCommit("the wait for a synchronous replica was cancelled; the primary alone has it")
 
     def _see_notice(self, diagnostic: pg.Diagnostic) -> None:
         if diagnostic.sqlstate == "01000" and diagnostic.source_function == "SyncRepWaitForLSN":

@@ -14,7 +14,7 @@ from shardlib.errors import InvalidTopology
 from shardlib.ring import TokenRange, build_ring, reassign
 from shardlib.topology.model import Gate, Shard, Table, Topology
 
-__all__ = ["give_gate", "initial", "move_ranges", "record_tables", "renew_gates", "with_shard"]
+__all__ = ["forget_tables", "give_gate", "initial", "move_ranges", "record_tables", "renew_gates", "with_shard"]
 
 
 def initial(shards: Sequence[Shard], *, hash_function: str, cluster_id: str, nonce: str) -> Topology:
@@ -118,3 +118,12 @@ def move_ranges(topology: Topology, ranges: Sequence[TokenRange], target: str, *
             )
         gates.append(gate)
     return topology.evolve(ring=reassign(topology.ring, tuple(ranges), target), gates=tuple(gates), nonce=nonce)
+
+
+def forget_tables(topology: Topology, fullnames: Sequence[str], *, nonce: str) -> Topology:
+    """The topology without these tables, or the same object if it knows none of them."""
+    gone = set(fullnames)
+    kept = tuple(table for table in topology.tables if table.fullname not in gone)
+    if len(kept) == len(topology.tables):
+        return topology
+    return topology.evolve(tables=kept, nonce=nonce)

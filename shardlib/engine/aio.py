@@ -1,0 +1,152 @@
+"""The asyncio face of a sharded engine: what does I/O is awaited, what reads memory is not."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from sqlalchemy import Engine, MetaData
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, async_sessionmaker
+from sqlalchemy.util import greenlet_spawn
+
+from shardlib.engine.engine import _NO_KEY, ShardedEngine
+from shardlib.engine.pinned import PinnedEngine
+from shardlib.errors import ShardKeyRequired
+from shardlib.key import encode_key
+from shardlib.route.consistency import Consistency
+from shardlib.route.retry import next_wait
+from shardlib.session.aio import AsyncShardedSession
+from shardlib.session.twophase import Settled
+from shardlib.topology import Shard, Topology
+from shardlib.waits import asleep
+
+__all__ = ["AsyncShardedEngine"]
+
+T = TypeVar("T")
+
+
+class _Inner(ShardedEngine):
+    """A sharded engine whose pools hold asyncio connections; used inside SQLAlchemy's greenlets only."""
+
+    _is_async = True
+
+
+class AsyncShardedEngine:
+    """A `ShardedEngine` for asyncio: the same arguments, the same names, awaited.
+
+    ::
+
+        engine = AsyncShardedEngine("etcd://127.0.0.1:2379/shop")
+        async with engine.session("tenant-42") as session:
+            session.add(Order(tenant_id="tenant-42", id=1))
+            await session.commit()
+
+    The constructor reads the first topology and so blocks for a moment, as an import does; `await
+    AsyncShardedEngine.open(url)` does it in a thread.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.sync_engine: ShardedEngine = _Inner(url, **options)
+
+    @classmethod
+    async def open(cls, url: str, **options: Any) -> Self:
+        """The engine, its first topology read without blocking the event loop."""
+        return await asyncio.to_thread(cls, url, **options)
+
+    @property
+    def topology(self) -> Topology:
+        """The immutable snapshot that routes now."""
+        return self.sync_engine.topology
+
+    @property
+    def consistency(self) -> Consistency:
+        """How fresh reads must be unless a session or statement says otherwise."""
+        return self.sync_engine.consistency
+
+    def token(self, shard_key: object) -> int:
+        """The unsigned 64-bit token of a shard key."""
+        return self.sync_engine.token(shard_key)
+
+    def shard_for(self, shard_key: object) -> Shard:
+        """The shard that owns a key by the topology in memory."""
+        return self.sync_engine.shard_for(shard_key)
+
+    def session(self, shard_key: object = _NO_KEY, **options: Any) -> AsyncShardedSession:
+        """See `ShardedEngine.session`."""
+        if shard_key is not _NO_KEY:
+            options["shard_key"] = shard_key
+        return AsyncShardedSession(engine=self, **options)
+
+    def sessionmaker(self, **options: Any) -> async_sessionmaker[AsyncShardedSession]:
+        """A SQLAlchemy `async_sessionmaker` of `AsyncShardedSession`."""
+        return async_sessionmaker(class_=AsyncShardedSession, engine=self, **options)
+
+    def connect(self, shard_key: object = _NO_KEY) -> AsyncConnection:
+        """A Core connection to the shard that owns the key: await it, or use it in `async with`."""
+        if shard_key is _NO_KEY:
+            raise ShardKeyRequired(
+                "a Core connection is one shard's", "write engine.connect(key), or use engine.session()"
+            )
+        pinned: Engine = PinnedEngine(self.sync_engine._core, encode_key(shard_key))  # noqa: SLF001 - its own inside
+        return AsyncEngine(pinned).connect()
+
+    async def run(
+        self, work: Callable[[AsyncShardedSession], Awaitable[T]], *, shard_key: object = _NO_KEY, **options: Any
+    ) -> T:
+        """See `ShardedEngine.run`; `work` is a coroutine function."""
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                async with self.session(shard_key, **options) as session:
+                    answer = await work(session)
+                    await session.commit()
+                    return answer
+            except Exception as error:
+                policy = self.sync_engine.options.retry
+                wait_s = next_wait(error, attempt, policy, random.uniform(0.5, 1.0))  # noqa: S311
+                if wait_s is None:
+                    raise
+                await asleep(wait_s)
+
+    async def refresh(self) -> Topology:
+        """See `ShardedEngine.refresh`."""
+        return await asyncio.to_thread(self.sync_engine.refresh)
+
+    async def create_all(
+        self, metadata: MetaData, *, app_roles: Sequence[str] = (), checkfirst: bool = True
+    ) -> None:
+        """See `ShardedEngine.create_all`."""
+        await asyncio.to_thread(
+            self.sync_engine.create_all, metadata, app_roles=app_roles, checkfirst=checkfirst
+        )
+
+    async def drop_all(self, metadata: MetaData, *, checkfirst: bool = True) -> None:
+        """See `ShardedEngine.drop_all`."""
+        await asyncio.to_thread(self.sync_engine.drop_all, metadata, checkfirst=checkfirst)
+
+    async def register(self, metadata: MetaData) -> None:
+        """See `ShardedEngine.register`."""
+        await asyncio.to_thread(self.sync_engine.register, metadata)
+
+    async def settle(self, *, older_than_s: float = 60.0) -> list[Settled]:
+        """See `ShardedEngine.settle`."""
+        return await asyncio.to_thread(self.sync_engine.settle, older_than_s=older_than_s)
+
+    async def dispose(self) -> None:
+        """Close every connection, the watch and the catalog."""
+        await greenlet_spawn(self.sync_engine.dispose)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.dispose()
+
+    def __repr__(self) -> str:
+        return f"Async{self.sync_engine!r}".replace("_Inner", "ShardedEngine")

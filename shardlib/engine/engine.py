@@ -1,0 +1,358 @@
+"""`ShardedEngine`: many PostgreSQL databases as one, for an application that knows SQLAlchemy."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+from sqlalchemy import MetaData, event
+from sqlalchemy.engine.interfaces import ExceptionContext
+from sqlalchemy.orm import sessionmaker
+
+from shardlib.catalog import Catalog, TopologyCache, open_catalog
+from shardlib.dsn import Dsn
+from shardlib.engine.options import EngineOptions
+from shardlib.engine.pinned import connect_pinned
+from shardlib.engine.schema import SchemaChange
+from shardlib.errors import CommitOutcomeUnknown, InvalidArgument, InvalidTopology, ShardKeyRequired
+from shardlib.fence.connection import AsyncFencedConnection, FencedConnection, UnknownCommit, drive
+from shardlib.fence.gate import check_control
+from shardlib.fence.sql import READ_CONTROL
+from shardlib.key import encode_key
+from shardlib.route.consistency import Consistency
+from shardlib.route.retry import RetryPolicy, next_wait
+from shardlib.session.core import Core
+from shardlib.session.instances import InstanceKeys
+from shardlib.session.session import ShardedSession
+from shardlib.session.twophase import Settled, settle
+from shardlib.shard import PoolOptions, ShardConnection, ShardPools
+from shardlib.token import hash_of
+from shardlib.topology import Shard, Topology
+from shardlib.waits import GreenletWaits, ThreadWaits
+
+__all__ = ["ShardedEngine"]
+
+T = TypeVar("T")
+
+_NO_KEY: Final = object()
+_POOL_NAMES: Final = frozenset(PoolOptions.__dataclass_fields__)
+
+
+class ShardedEngine:
+    """One SQLAlchemy engine per shard behind one face, routed by a topology kept in memory.
+
+    ::
+
+        engine = ShardedEngine("etcd://127.0.0.1:2379/shop", pool_size=5)
+        with engine.session("tenant-42") as session:
+            session.add(Order(tenant_id="tenant-42", id=1))
+            session.commit()
+
+    Thread-safe; survives `os.fork`; opens connections only when they are needed. A routing decision reads memory:
+    it takes no lock and no network.
+
+    Args:
+        url: the catalog: `etcd://host:port[,host:port]/name`, `postgresql://...` or `memory://name`.
+        consistency: how fresh reads must be, unless a session or statement says otherwise.
+        hash_function: if given, a cluster that uses another one is refused.
+        topology_file: a file that keeps the last topology, to start from while the catalog is down.
+        catalog_timeout_s: seconds that one call of the catalog may take.
+        poll_s: seconds between looks at the catalog beside its watch.
+        reroute_timeout_s: seconds that work which has not begun waits to be routed anew.
+        retry: how `run` tries again.
+        echo: as in SQLAlchemy.
+        **options: of the pools; see `PoolOptions` (`pool_size`, `max_overflow`, `max_connections`, ...).
+
+    Raises:
+        CatalogUnavailable: the catalog does not answer, and there is no saved topology.
+        InvalidTopology: the catalog is empty, damaged, or of another hash function.
+        InvalidArgument: an option with a wrong name or value.
+    """
+
+    _is_async = False
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        consistency: Consistency | str = Consistency.STRONG,
+        hash_function: str | None = None,
+        topology_file: str | Path | None = None,
+        catalog_timeout_s: float = 3.0,
+        poll_s: float = 30.0,
+        reroute_timeout_s: float = 15.0,
+        retry: RetryPolicy | None = None,
+        echo: bool = False,
+        **options: Any,
+    ) -> None:
+        self.options = EngineOptions(
+            consistency=Consistency.of(consistency),
+            hash_function=hash_function,
+            topology_file=None if topology_file is None else Path(topology_file),
+            catalog_timeout_s=catalog_timeout_s,
+            poll_s=poll_s,
+            reroute_timeout_s=reroute_timeout_s,
+            retry=retry or RetryPolicy(),
+        )
+        self.consistency = self.options.consistency
+        for name in options:
+            if name not in _POOL_NAMES:
+                raise InvalidArgument(name, options[name], f"the options of the pools are {', '.join(sorted(_POOL_NAMES))}")
+        pool_options = PoolOptions(**options)
+        self._catalog: Catalog = open_catalog(url, timeout_s=catalog_timeout_s)
+        self._cache = TopologyCache(self._catalog, file=self.options.topology_file, poll_s=poll_s)
+        try:
+            self._cache.start(timeout_s=catalog_timeout_s)
+            self._check_hash(self._cache.current)
+            self._open(pool_options, echo)
+        except BaseException:
+            self._cache.close()
+            self._catalog.close()
+            raise
+
+    def _check_hash(self, topology: Topology) -> None:
+        wanted = self.options.hash_function
+        if wanted is not None and wanted != topology.hash_function:
+            raise InvalidTopology(
+                f"the cluster hashes keys with {topology.hash_function!r}, this engine was told {wanted!r}",
+                "leave hash_function away: it is chosen once, when a cluster is created",
+            )
+
+    def _open(self, pool_options: PoolOptions, echo: bool) -> None:
+        waits = GreenletWaits() if self._is_async else ThreadWaits()
+        pools = ShardPools(
+            waits,
+            is_async=self._is_async,
+            options=pool_options,
+            on_connect=self._check_server,
+            endpoint_of=self._endpoint_of,
+            connection_class=AsyncFencedConnection if self._is_async else FencedConnection,
+            name_of=lambda shard_id: self._cache.current.shard(shard_id).name,
+            echo=echo,
+        )
+        event.listen(pools.dialect, "handle_error", _show_unknown_commit)
+        self._core = Core(self._cache, pools, waits, self.options.reroute_timeout_s)
+        self._instance_keys = InstanceKeys(self._core.describe)
+        self._token = hash_of(self._cache.current.hash_function)
+        self._schema_lock = threading.Lock()
+        self._cache.listen(self._topology_changed)
+        _engines.add(self)
+
+    # -- the topology ---------------------------------------------------------------------------------------------
+
+    @property
+    def topology(self) -> Topology:
+        """The immutable snapshot that routes now."""
+        return self._cache.current
+
+    def refresh(self) -> Topology:
+        """Ask the catalog for the newest topology now, instead of waiting for the watch.
+
+        Raises:
+            CatalogUnavailable: it does not answer in time.
+        """
+        return self._core.refresh(timeout_s=self.options.catalog_timeout_s)
+
+    def token(self, shard_key: object) -> int:
+        """The unsigned 64-bit token of a shard key.
+
+        Raises:
+            InvalidShardKey: the value cannot be a key.
+        """
+        return self._token(encode_key(shard_key))
+
+    def shard_for(self, shard_key: object) -> Shard:
+        """The shard that owns a key by the topology in memory.
+
+        Raises:
+            InvalidShardKey: the value cannot be a key.
+        """
+        return self._cache.current.place(self._token(encode_key(shard_key))).shard
+
+    def _topology_changed(self, topology: Topology) -> None:
+        kept = {shard.id: shard for shard in topology.shards}
+        for shard_id, dsn in list(self._core.pools.endpoints().items()):
+            shard = kept.get(shard_id)
+            if shard is None or shard.primary != dsn:
+                self._core.pools.drop(shard_id)
+
+    def _endpoint_of(self, shard_id: str, role: str) -> Dsn:
+        del role  # reads go to the primary, which satisfies every consistency level
+        return self._cache.current.shard(shard_id).primary
+
+    def _check_server(self, driver: FencedConnection | AsyncFencedConnection, shard_id: str) -> None:
+        """On each new connection: is this the database of that shard, with a schema this library knows?"""
+        topology = self._cache.current
+        shard = topology.shard(shard_id)
+        driver.shard_name = shard.name
+        found = drive(driver, driver.one_row(READ_CONTROL))
+        if found is None:
+            raise InvalidTopology(
+                f"the database of shard {shard.name!r} has no schema shardlib",
+                "run engine.create_all(metadata), which installs it, or correct the shard's DSN in the catalog",
+            )
+        version, cluster_id, owner = found
+        check_control(
+            (int(version), cluster_id, owner),
+            cluster_id=topology.cluster_id,
+            shard_id=shard_id,
+            shard_name=shard.name,
+        )
+
+    # -- work -----------------------------------------------------------------------------------------------------
+
+    def session(self, shard_key: object = _NO_KEY, **options: Any) -> ShardedSession:
+        """A session: pinned to one shard if a key is given, routed statement by statement if not.
+
+        Args:
+            shard_key: any value that can be a key; a tuple for a composite key. None is an error, not "no key".
+            **options: of `ShardedSession` and SQLAlchemy's `Session`.
+
+        Raises:
+            InvalidShardKey: the value cannot be a key.
+        """
+        if shard_key is not _NO_KEY:
+            options["shard_key"] = shard_key
+        return ShardedSession(engine=self, **options)
+
+    def sessionmaker(self, **options: Any) -> sessionmaker[ShardedSession]:
+        """A SQLAlchemy `sessionmaker` of `ShardedSession`; `maker(shard_key=...)` makes a pinned one."""
+        return sessionmaker(class_=ShardedSession, engine=self, **options)
+
+    def connect(self, shard_key: object = _NO_KEY) -> ShardConnection:
+        """A Core connection to the shard that owns the key. Each of its transactions is routed anew as it begins.
+
+        Raises:
+            ShardKeyRequired: no key is given.
+            InvalidShardKey: the value cannot be a key.
+            ShardUnavailable, PoolTimeout: no connection could be had.
+        """
+        if shard_key is _NO_KEY:
+            raise ShardKeyRequired(
+                "a Core connection is one shard's", "write engine.connect(key), or use engine.session()"
+            )
+        return connect_pinned(self._core, encode_key(shard_key))
+
+    def run(self, work: Callable[[ShardedSession], T], *, shard_key: object = _NO_KEY, **options: Any) -> T:
+        """Run a whole unit of work in a session of its own, commit it, and run it again when that is safe.
+
+        `work` gets a fresh session at each attempt and must keep its effects inside it. It runs again after errors
+        that certainly left nothing behind: a closed gate, an unreachable shard, a lost connection before COMMIT,
+        a serialization failure, a deadlock. Never after `CommitOutcomeUnknown`.
+
+        Args:
+            work: called with the session; what it returns is returned after the commit.
+            shard_key: pins the session.
+            **options: as for `session`.
+        """
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                with self.session(shard_key, **options) as session:
+                    answer = work(session)
+                    session.commit()
+                    return answer
+            except Exception as error:
+                wait_s = next_wait(error, attempt, self.options.retry, random.uniform(0.5, 1.0))  # noqa: S311
+                if wait_s is None:
+                    raise
+                self._core.waits.sleep(wait_s)
+
+    # -- schema ---------------------------------------------------------------------------------------------------
+
+    def create_all(
+        self, metadata: MetaData, *, app_roles: Sequence[str] = (), checkfirst: bool = True
+    ) -> None:
+        """Create the tables on every shard, and record them with their keys in the catalog; idempotent.
+
+        Also installs the schema `shardlib` where it is missing.
+
+        Args:
+            metadata: tables that mark their shard key (`info={"shard_key": True}`) or that they are reference
+                tables (`info={"reference": True}`).
+            app_roles: database roles of applications that do not own the schema: they get what the fence needs.
+            checkfirst: as in SQLAlchemy.
+
+        Raises:
+            ShardKeyRequired: a table marks neither.
+            InvalidShardKey: a column cannot be a shard key.
+            InvalidTopology: the cluster has recorded a table with another key.
+            ShardUnavailable: a shard is not reachable; the others may have their tables already: run it again.
+        """
+        with self._schema_lock:
+            SchemaChange(self._catalog, self._cache).create_all(metadata, app_roles=app_roles, checkfirst=checkfirst)
+
+    def drop_all(self, metadata: MetaData, *, checkfirst: bool = True) -> None:
+        """Drop the tables on every shard and forget them in the catalog."""
+        with self._schema_lock:
+            SchemaChange(self._catalog, self._cache).drop_all(metadata, checkfirst=checkfirst)
+            for table in metadata.tables.values():
+                self._core.specs.pop(table, None)
+
+    def register(self, metadata: MetaData) -> None:
+        """Record tables in the catalog that something else creates (Alembic, for example)."""
+        with self._schema_lock:
+            SchemaChange(self._catalog, self._cache).record(metadata)
+
+    # -- in-doubt transactions ------------------------------------------------------------------------------------
+
+    def settle(self, *, older_than_s: float = 60.0) -> list[Settled]:
+        """Finish two-phase transactions whose session was lost, by the verdict at their deciding shard.
+
+        Args:
+            older_than_s: leave younger ones to their session.
+        """
+        return settle(self.topology, older_than_s=older_than_s)
+
+    # -- its end --------------------------------------------------------------------------------------------------
+
+    def dispose(self) -> None:
+        """Close every connection, the watch and the catalog. Idempotent; the engine cannot be used afterwards."""
+        _engines.discard(self)
+        self._cache.close()
+        self._core.pools.dispose()
+        self._core.waits.close()
+        self._catalog.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.dispose()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._catalog.safe_url!r}, topology {self.topology.version})"
+
+    def _after_fork(self) -> None:
+        self._schema_lock = threading.Lock()
+        self._catalog.after_fork()
+        self._cache.after_fork()
+
+
+def _show_unknown_commit(context: ExceptionContext) -> BaseException | None:
+    original = context.original_exception
+    if isinstance(original, UnknownCommit):
+        driver = getattr(context.connection, "driver", None)
+        return CommitOutcomeUnknown(getattr(driver, "shard_name", "?"), str(original))
+    return None
+
+
+_engines: weakref.WeakSet[ShardedEngine] = weakref.WeakSet()
+
+
+def _engines_after_fork() -> None:
+    for engine in list(_engines):
+        engine._after_fork()  # noqa: SLF001 - our own class
+
+
+os.register_at_fork(after_in_child=_engines_after_fork)

@@ -1,0 +1,131 @@
+"""Tables on every shard, and their record in the catalog."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from uuid import uuid4
+
+import psycopg
+from sqlalchemy import Connection, MetaData, create_engine
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import NullPool
+
+from shardlib.catalog import Catalog, Conflict, TopologyCache
+from shardlib.dsn import scrub
+from shardlib.errors import InvalidTopology, ShardUnavailable
+from shardlib.fence.gate import install, open_gate
+from shardlib.key.declare import describe
+from shardlib.topology import Shard, Table, Topology
+from shardlib.topology.change import forget_tables, record_tables
+
+__all__ = ["SchemaChange"]
+
+_CONNECT_TIMEOUT_S = 10
+_SIDE_BY_SIDE = 8
+_CONFLICTS_MAX = 20
+
+
+class SchemaChange:
+    """One change of the tables of a cluster. Blocking; runs on connections of its own, outside the pools."""
+
+    def __init__(self, catalog: Catalog, cache: TopologyCache) -> None:
+        self._catalog, self._cache = catalog, cache
+
+    def create_all(self, metadata: MetaData, *, app_roles: Sequence[str], checkfirst: bool) -> None:
+        """See `ShardedEngine.create_all`."""
+        tables = records(metadata)
+        topology = self._newest()
+        record_tables(topology, tables, nonce="")  # refuses a changed key before anything is created
+
+        def on(shard: Shard) -> None:
+            self._prepare(topology, shard, app_roles)
+            self._ddl(shard, lambda conn: metadata.create_all(conn, checkfirst=checkfirst))
+
+        self._everywhere(topology, on)
+        self._publish(lambda now, nonce: record_tables(now, tables, nonce=nonce))
+
+    def drop_all(self, metadata: MetaData, *, checkfirst: bool) -> None:
+        """See `ShardedEngine.drop_all`."""
+        topology = self._newest()
+        self._everywhere(
+            topology,
+            lambda shard: self._ddl(shard, lambda conn: metadata.drop_all(conn, checkfirst=checkfirst)),
+        )
+        self._publish(lambda now, nonce: forget_tables(now, list(metadata.tables), nonce=nonce))
+
+    def record(self, metadata: MetaData) -> None:
+        """See `ShardedEngine.register`."""
+        tables = records(metadata)
+        self._publish(lambda now, nonce: record_tables(now, tables, nonce=nonce))
+
+    def _newest(self) -> Topology:
+        return self._catalog.load(self._cache.current)
+
+    @staticmethod
+    def _everywhere(topology: Topology, work: Callable[[Shard], None]) -> None:
+        """Run the work for every shard, some side by side; waits for all, then raises the first error."""
+        with ThreadPoolExecutor(_SIDE_BY_SIDE, "shardlib-schema") as threads:
+            running = [threads.submit(work, shard) for shard in topology.shards]
+        for done in running:
+            done.result()
+
+    @staticmethod
+    def _prepare(topology: Topology, shard: Shard, app_roles: Sequence[str]) -> None:
+        try:
+            with psycopg.connect(
+                shard.primary.conninfo(connect_timeout=_CONNECT_TIMEOUT_S, application_name="shardlib schema"),
+                autocommit=True,
+            ) as conn:
+                install(conn, cluster_id=topology.cluster_id, shard_id=shard.id, roles=app_roles)
+                for number in topology.gates_of(shard.id):
+                    open_gate(conn, number)
+        except psycopg.OperationalError as error:
+            raise ShardUnavailable(shard.name, scrub(str(error).strip(), shard.primary.reveal())) from None
+
+    @staticmethod
+    def _ddl(shard: Shard, work: Callable[[Connection], None]) -> None:
+        engine = create_engine(
+            "postgresql+psycopg://",
+            creator=lambda: psycopg.connect(
+                shard.primary.conninfo(connect_timeout=_CONNECT_TIMEOUT_S, application_name="shardlib schema")
+            ),
+            poolclass=NullPool,
+        )
+        try:
+            with engine.begin() as conn:
+                work(conn)
+        except OperationalError as error:
+            raise ShardUnavailable(shard.name, scrub(str(error.orig).strip(), shard.primary.reveal())) from None
+        finally:
+            engine.dispose()
+
+    def _publish(self, change: Callable[[Topology, str], Topology]) -> None:
+        """Apply a change to the newest topology by compare-and-swap, again if somebody else was faster."""
+        for _ in range(_CONFLICTS_MAX):
+            now = self._newest()
+            then = change(now, uuid4().hex)
+            if then is not now:
+                try:
+                    self._catalog.publish(then, expected=now.version)
+                except Conflict:
+                    continue
+            self._cache.refresh(newer_than=then.version - 1, timeout_s=10.0)
+            return
+        raise InvalidTopology(
+            f"the topology changed {_CONFLICTS_MAX} times while the tables were recorded", "run it again"
+        )
+
+
+def records(metadata: MetaData) -> list[Table]:
+    """What the catalog keeps of each table.
+
+    Raises:
+        ShardKeyRequired: a table declares neither a shard key nor that it is a reference table.
+        InvalidShardKey: a column cannot be a shard key.
+    """
+    found = []
+    for table in metadata.sorted_tables:
+        spec = describe(table)
+        found.append(Table(name=table.name, key=spec.key_names, schema=table.schema))
+    return found

@@ -1,0 +1,173 @@
+"""What every session and connection of one engine shares: topology, pools, and the way to a newer topology."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import psycopg
+from sqlalchemy import Table as SaTable
+
+from shardlib.catalog import TopologyCache
+from shardlib.errors import CatalogUnavailable, InvalidTopology, ShardUnavailable, StaleTopology, UnsupportedOperation
+from shardlib.fence.connection import start
+from shardlib.fence.verdict import GateClosed, lost_connection
+from shardlib.key.declare import KeySpec, describe
+from shardlib.shard import ShardConnection, ShardPools
+from shardlib.token import hash_of
+from shardlib.topology import Shard, Status, Topology
+from shardlib.waits import Waits
+
+__all__ = ["Core", "Needed"]
+
+Needed = dict[str, tuple[int, ...]]
+"""Shard id -> numbers of the gates a transaction must hold there."""
+
+_FIRST_PAUSE_S = 0.005
+_LONGEST_PAUSE_S = 0.25
+
+
+@dataclass(slots=True)
+class Core:
+    """The shared inside of a `ShardedEngine`."""
+
+    cache: TopologyCache
+    pools: ShardPools
+    waits: Waits
+    reroute_timeout_s: float
+    specs: WeakKeyDictionary[SaTable, KeySpec] = field(default_factory=WeakKeyDictionary)
+
+    def token(self, key: bytes) -> int:
+        """The token of key bytes, by the cluster's hash function."""
+        return hash_of(self.cache.current.hash_function)(key)
+
+    def places(self, topology: Topology, keys: tuple[bytes, ...]) -> Needed:
+        """The shards and gates that these keys need."""
+        hashed = hash_of(topology.hash_function)
+        if len(keys) == 1:
+            place = topology.place(hashed(keys[0]))
+            return {place.shard.id: (place.gate,)}
+        needed: dict[str, set[int]] = {}
+        for key in keys:
+            place = topology.place(hashed(key))
+            needed.setdefault(place.shard.id, set()).add(place.gate)
+        return {shard_id: tuple(sorted(gates)) for shard_id, gates in needed.items()}
+
+    def describe(self, table: SaTable) -> KeySpec:
+        """How a table is sharded, after making sure that the cluster knows it under the same key.
+
+        Rows of a table that the catalog does not know would be left behind when their range moves.
+
+        Raises:
+            ShardKeyRequired: the table declares neither a shard key nor that it is a reference table.
+            InvalidTopology: the catalog does not know the table, or knows it with another key.
+        """
+        spec = self.specs.get(table)
+        if spec is None:
+            spec = describe(table)
+            self._check_recorded(table, spec)
+            self.specs[table] = spec
+        return spec
+
+    def _check_recorded(self, table: SaTable, spec: KeySpec) -> None:
+        recorded = self.cache.current.table(table.fullname)
+        if recorded is None:
+            try:
+                recorded = self.waits.call(self.refresh).table(table.fullname)
+            except CatalogUnavailable:
+                pass  # the answer below is right for what is known
+        if recorded is None:
+            raise InvalidTopology(
+                f"the cluster does not know table {table.fullname!r}",
+                "run engine.create_all(metadata), or engine.register(metadata) if something else creates the tables",
+            )
+        if recorded.key != spec.key_names:
+            raise InvalidTopology(
+                f"table {table.fullname!r} is declared with shard key {spec.key_names or 'none'}, "
+                f"but the cluster has recorded {recorded.key or 'none'}",
+                "correct the model, or create a new table with the new key and copy the rows",
+            )
+
+    def refresh(self, newer_than: int | None = None, timeout_s: float = 3.0) -> Topology:
+        """Ask the catalog now. Blocks; the asyncio side calls it through `waits.call`."""
+        return self.cache.refresh(newer_than=newer_than, timeout_s=timeout_s)
+
+    def newer(self, topology: Topology, closed: GateClosed, shard: str, deadline: float, attempt: int) -> Topology:
+        """The topology that a refused transaction should try next.
+
+        Usually a newer one is there or comes within milliseconds: by the watch, or by asking now. While a range is
+        between two shards there is none yet, so this waits, longer each time, and gives back the same one: its gate
+        may also have been opened again under another number that a later version tells.
+
+        Args:
+            topology: the one that was refused.
+            closed: the refusal.
+            shard: name of the shard that refused.
+            deadline: monotonic time in seconds after which to give up.
+            attempt: how often this transaction was refused before, from 0.
+
+        Raises:
+            StaleTopology: the deadline has passed.
+        """
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise StaleTopology(shard, closed.gates[0], topology.version)
+        if self.cache.current.version > topology.version:
+            return self.cache.current
+        try:
+            found = self.waits.call(self.refresh, topology.version, min(remaining, 2.0))
+            if found.version > topology.version:
+                return found
+        except CatalogUnavailable:
+            pass  # the watch may still bring it, and the next attempt asks again
+        pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt, remaining) * random.uniform(0.5, 1.0)  # noqa: S311
+        self.waits.call(self.cache.wait_newer, topology.version, pause)
+        return self.cache.current
+
+    def connect(
+        self, shard: Shard, gates: tuple[int, ...], options: Mapping[str, Any] | None = None
+    ) -> ShardConnection:
+        """A connection to the shard's primary whose transaction has begun and holds the gates. One round trip.
+
+        A pooled connection that turns out to be dead is replaced: nothing had run on it.
+
+        Raises:
+            GateClosed: a gate is gone; the connection is back in its pool.
+            ShardUnavailable: the shard is inactive, or not reachable.
+            PoolTimeout: no connection became free in time.
+        """
+        if shard.status is Status.INACTIVE:
+            raise ShardUnavailable(shard.name, "its status is inactive")
+        engine = self.pools.engine(shard.id)
+        for _ in range(_DEAD_MAX):
+            conn = engine.connect()
+            try:
+                if options:
+                    conn = conn.execution_options(**options)
+                conn.begin()
+                start(conn.driver, gates)
+            except (GateClosed, UnsupportedOperation):
+                conn.close()
+                raise
+            except BaseException as error:
+                conn.invalidate(error)
+                conn.close()
+                if lost_connection(error):
+                    continue
+                raise
+            conn.shard = shard
+            return conn
+        raise ShardUnavailable(shard.name, f"{_DEAD_MAX} connections in turn were lost as they began a transaction")
+
+
+# How many dead connections of a pool are passed over for one transaction: a restarted server leaves a pool full.
+_DEAD_MAX = 64
+
+
+def operational(error: BaseException) -> bool:
+    """Whether the error is one of the driver."""
+    return isinstance(error, psycopg.Error)

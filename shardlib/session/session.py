@@ -1,0 +1,305 @@
+"""`ShardedSession`: a SQLAlchemy session whose statements run on the shards that own their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from sqlalchemy import Connection, Engine, event, inspect
+from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction
+
+from shardlib.errors import InvalidArgument, ShardKeyMismatch, ShardKeyRequired
+from shardlib.key import encode_key
+from shardlib.route.consistency import Consistency
+from shardlib.session.core import Core, Needed
+from shardlib.session.instances import InstanceKeys
+from shardlib.session.statements import route_statement
+from shardlib.session.twophase import TwoPhase
+from shardlib.session.unit import Leg, Unit
+from shardlib.shard import ShardConnection
+from shardlib.topology import Topology
+
+if TYPE_CHECKING:
+    from shardlib.engine.engine import ShardedEngine
+
+__all__ = ["ShardedSession"]
+
+_UNPINNED: Final = object()
+_turn = count()
+
+
+class ShardedSession(Session):
+    """A SQLAlchemy `Session` over a `ShardedEngine`.
+
+    With a shard key it is *pinned*: every statement runs on the shard that owns the key, in one native transaction.
+    Without one, each statement and each row goes to the shard that owns its key; a transaction may read from several
+    shards and write on one, or write on several with `twophase=True`.
+
+    Made by `engine.session(...)` or by a `engine.sessionmaker(...)`. All arguments of SQLAlchemy's `Session` other
+    than `bind`, `binds` and `twophase` work as they do there.
+
+    Args:
+        engine: the sharded engine.
+        shard_key: pins the session to the shard of this key; a tuple for a composite key.
+        twophase: allow writes on several shards, committed together by PostgreSQL's two-phase commit.
+        consistency: how fresh reads must be; default is the engine's.
+
+    Raises:
+        InvalidShardKey: `shard_key` is None or of a type that cannot be a key.
+        InvalidArgument: an unknown consistency word, or an engine that is not sharded.
+    """
+
+    def __init__(
+        self,
+        bind: Any = None,
+        *,
+        engine: ShardedEngine | None = None,
+        shard_key: object = _UNPINNED,
+        twophase: bool = False,
+        consistency: Consistency | str | None = None,
+        **kw: Any,
+    ) -> None:
+        if engine is None or bind is not None or kw.pop("binds", None):
+            raise InvalidArgument(
+                "bind", bind, "a ShardedSession takes its connections from a ShardedEngine: use engine.session()"
+            )
+        super().__init__(**kw)
+        self.engine = engine
+        self._core: Core = engine._core  # noqa: SLF001 - the engine's inside is shared with its sessions
+        self.consistency = engine.consistency if consistency is None else Consistency.of(consistency)
+        self.shard_key = None if shard_key is _UNPINNED else shard_key
+        self._pin: bytes | None = None if shard_key is _UNPINNED else encode_key(shard_key)
+        self._unit: Unit | None = None
+        self._bulk: Leg | None = None
+        self._options: dict[str, Any] = {}
+        self.two_phase: TwoPhase | None = TwoPhase(self._core) if twophase else None
+
+    # -- the transaction ------------------------------------------------------------------------------------------
+
+    @property
+    def _now(self) -> Unit:
+        """The unit of the transaction under way, or a new one that starts with its first connection."""
+        unit = self._unit
+        if unit is not None and unit.transaction is not None and unit.transaction is self.get_transaction():
+            return unit
+        unit = self._unit = Unit(self._core)
+        return unit
+
+    def _adopt(self, conn: ShardConnection) -> None:
+        super().connection(bind_arguments={"bind": cast(Engine, _Begun(conn))})
+        if self._unit is not None and self._unit.transaction is None:
+            self._unit.transaction = self.get_transaction()
+
+    def _hold(self, wants: Callable[[Topology], Needed], *, write: bool = False) -> list[Leg]:
+        unit = self._now
+        options = {**self.execution_options, **self._options} if self._options else self.execution_options
+        legs = unit.hold(wants, self._adopt, options)
+        if write:
+            unit.will_write(legs, twophase=self.two_phase is not None)
+        return legs
+
+    def _hold_key(self, key: bytes, *, write: bool = False) -> Leg:
+        return self._hold(lambda topology: self._core.places(topology, (key,)), write=write)[0]
+
+    def _any_shard(self, topology: Topology) -> Needed:
+        """Reference tables are the same everywhere: a shard this transaction is on already, or any."""
+        for shard_id, leg in self._now.legs.items():
+            return {shard_id: (min(leg.gates),)}
+        owners = topology.owners()
+        shard = owners[next(_turn) % len(owners)]
+        return {shard.id: (topology.default_gate(shard.id),)}
+
+    def _check_pin(self, keys: Iterable[bytes], where: str) -> None:
+        pin = self._pin
+        for key in keys:
+            if key != pin:
+                raise ShardKeyMismatch(self.shard_key, key.decode(errors="replace"), where)
+
+    # -- what SQLAlchemy asks -------------------------------------------------------------------------------------
+
+    def get_bind(self, mapper: Any = None, *, clause: Any = None, bind: Any = None, **kw: Any) -> Any:
+        """The shard's engine for an operation that names no row: the pinned one, or the one being written to.
+
+        Raises:
+            ShardKeyRequired: the session is not pinned, and nothing tells which shard is meant.
+        """
+        if bind is not None:
+            return bind
+        if self._bulk is not None:
+            return self._bulk.connection.engine
+        if self._pin is not None:
+            return self._hold_key(self._pin).connection.engine
+        leg = self._only_leg(mapper)
+        if leg is None:
+            raise ShardKeyRequired(
+                f"nothing tells which shard {_shown(mapper, clause)} is meant for",
+                "open engine.session(key) for work on one shard",
+            )
+        return leg.connection.engine
+
+    def _only_leg(self, mapper: Any) -> Leg | None:
+        """The one shard a flush works on: it also gets rows that have no object, as of a many-to-many table."""
+        unit = self._now
+        if len(unit.writes) == 1:
+            return unit.legs[next(iter(unit.writes))]
+        if unit.writes or mapper is None:
+            return None
+        keys = {
+            key
+            for instances in (self.dirty, self.new, self.deleted)
+            for instance in instances
+            if (key := self._instance_keys.key_of(instance)) is not None
+        }
+        if not keys:
+            return None
+        legs = self._hold(lambda topology: self._core.places(topology, tuple(keys)))
+        if len(legs) != 1:
+            return None
+        unit.will_write(legs, twophase=self.two_phase is not None)
+        return legs[0]
+
+    def connection(
+        self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None
+    ) -> Connection:
+        """The connection of the pinned shard, its transaction begun.
+
+        `execution_options` (such as an isolation level) take effect if the transaction has not begun yet.
+
+        Raises:
+            ShardKeyRequired: the session is not pinned, and nothing tells which shard is meant.
+        """
+        if execution_options:
+            self._options = dict(execution_options)
+        try:
+            return super().connection(bind_arguments=bind_arguments)
+        finally:
+            self._options = {}
+
+    @property
+    def _instance_keys(self) -> InstanceKeys:
+        return self.engine._instance_keys  # noqa: SLF001 - shared by the engine's sessions
+
+    @property
+    def connection_callable(self) -> Any:  # type: ignore[override]
+        """SQLAlchemy's hook of a flush: the connection for each object. Off while rows are written in bulk."""
+        return None if self._bulk is not None else self._connection_for_object
+
+    @connection_callable.setter
+    def connection_callable(self, value: object) -> None:
+        pass  # SQLAlchemy's own class attribute is a default of None
+
+    def _connection_for_object(self, mapper: Mapper[Any] | None, instance: object) -> Connection:
+        key = self._instance_keys.writable_key_of(instance)
+        if self._pin is not None and key != self._pin:
+            self._check_pin((key,), f"a {type(instance).__name__}")
+        return self._hold_key(key, write=True).connection
+
+    # -- bulk operations ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _in_bulk(self, leg: Leg) -> Iterator[None]:
+        """While rows without objects are written: they all go to this leg."""
+        before, self._bulk = self._bulk, leg
+        try:
+            yield
+        finally:
+            self._bulk = before
+
+    def _by_leg(self, keys: list[bytes]) -> list[tuple[Leg, list[int]]]:
+        """Positions of rows grouped by the leg that they are written to."""
+        if self._pin is not None:
+            self._check_pin(keys, "a row")
+        wanted = tuple(dict.fromkeys(keys))
+        legs = {leg.shard.id: leg for leg in self._hold(lambda t: self._core.places(t, wanted), write=True)}
+        unit = self._now
+        groups: dict[str, list[int]] = {}
+        placed = {key: next(iter(self._core.places(unit.topology, (key,)))) for key in wanted}
+        for position, key in enumerate(keys):
+            groups.setdefault(placed[key], []).append(position)
+        return [(legs[shard_id], positions) for shard_id, positions in groups.items()]
+
+    def bulk_save_objects(
+        self, objects: Iterable[object], return_defaults: bool = False, update_changed_only: bool = True,
+        preserve_order: bool = True,
+    ) -> None:  # fmt: skip
+        """As SQLAlchemy's, grouped by shard."""
+        rows = list(objects)
+        keys = [self._instance_keys.writable_key_of(row) for row in rows]
+        for leg, positions in self._by_leg(keys) if rows else ():
+            with self._in_bulk(leg):
+                super().bulk_save_objects(
+                    [rows[i] for i in positions], return_defaults, update_changed_only, preserve_order
+                )
+
+    def bulk_insert_mappings(
+        self, mapper: Any, mappings: Iterable[dict[str, Any]], return_defaults: bool = False,
+        render_nulls: bool = False,
+    ) -> None:  # fmt: skip
+        """As SQLAlchemy's, grouped by shard."""
+        rows = list(mappings)
+        keys = [self._instance_keys.mapping_key(inspect(mapper), row) for row in rows]
+        for leg, positions in self._by_leg(keys) if rows else ():
+            with self._in_bulk(leg):
+                super().bulk_insert_mappings(mapper, [rows[i] for i in positions], return_defaults, render_nulls)
+
+    def bulk_update_mappings(self, mapper: Any, mappings: Iterable[dict[str, Any]]) -> None:
+        """As SQLAlchemy's, grouped by shard."""
+        rows = list(mappings)
+        keys = [self._instance_keys.mapping_key(inspect(mapper), row) for row in rows]
+        for leg, positions in self._by_leg(keys) if rows else ():
+            with self._in_bulk(leg):
+                super().bulk_update_mappings(mapper, [rows[i] for i in positions])
+
+
+class _Begun:
+    """Stands where SQLAlchemy expects an engine, and hands over a connection whose transaction has begun."""
+
+    __slots__ = ("conn",)
+
+    def __init__(self, conn: ShardConnection) -> None:
+        self.conn = conn
+
+    def connect(self) -> ShardConnection:
+        return self.conn
+
+
+def _shown(mapper: Any, clause: Any) -> str:
+    if mapper is not None:
+        return f"an operation on {getattr(mapper, 'class_', mapper)!r}"
+    return "a statement" if clause is not None else "the connection"
+
+
+@event.listens_for(ShardedSession, "do_orm_execute", propagate=True)
+def _route(state: ORMExecuteState) -> Any:
+    return route_statement(cast(ShardedSession, state.session), state)
+
+
+@event.listens_for(ShardedSession, "after_transaction_end", propagate=True)
+def _savepoint_ended(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.nested:
+        for leg in cast(ShardedSession, session)._now.legs.values():  # noqa: SLF001 - our own class
+            leg.savepoint_ended()
+
+
+@event.listens_for(ShardedSession, "before_commit", propagate=True)
+def _prepare(session: Session) -> None:
+    sharded = cast(ShardedSession, session)
+    if sharded.two_phase is not None and sharded._unit is not None and not session.in_nested_transaction():  # noqa: SLF001
+        session.flush()  # SQLAlchemy flushes after this event; what is prepared must hold everything
+        sharded.two_phase.prepare(sharded._unit)  # noqa: SLF001
+
+
+@event.listens_for(ShardedSession, "after_commit", propagate=True)
+def _finish(session: Session) -> None:
+    sharded = cast(ShardedSession, session)
+    if sharded.two_phase is not None and not session.in_nested_transaction():
+        sharded.two_phase.finish()
+
+
+@event.listens_for(ShardedSession, "after_rollback", propagate=True)
+def _resolve(session: Session) -> None:
+    sharded = cast(ShardedSession, session)
+    if sharded.two_phase is not None:
+        sharded.two_phase.resolve()

@@ -1,0 +1,127 @@
+"""From a statement to the shards it runs on: what a session does before SQLAlchemy executes anything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Result
+from sqlalchemy.orm import ORMExecuteState
+
+from shardlib.errors import InvalidTopology, ShardKeyRequired, UnsupportedCrossShardQuery
+from shardlib.route.consistency import Consistency
+from shardlib.route.extract import Needs, Scope, needs_of
+from shardlib.session.core import Needed
+from shardlib.session.fanout import FanOut
+from shardlib.session.unit import Leg
+from shardlib.topology import Topology
+
+if TYPE_CHECKING:
+    from shardlib.session.session import ShardedSession
+
+__all__ = ["route_statement"]
+
+
+def route_statement(session: ShardedSession, state: ORMExecuteState) -> Result[Any] | None:
+    """Choose the shards of a statement. None means that SQLAlchemy goes on, on the one shard that was chosen.
+
+    Raises:
+        ShardKeyRequired, ShardKeyMismatch, ShardKeyChanged, InvalidShardKey: the statement's keys do not fit.
+        UnsupportedCrossShardQuery: the answer over several shards would need a merge.
+        CrossShardTransaction: it would write on a second shard.
+        StaleTopology, ShardUnavailable, PoolTimeout: see `Unit.hold`.
+    """
+    if "bind" in state.bind_arguments:
+        return None  # one leg of a statement that was routed before, or the user's own choice
+    options = state.execution_options
+    if (word := options.get("consistency")) is not None:
+        Consistency.of(word)
+    needs = needs_of(state.statement, state.parameters, session._core.describe)  # noqa: SLF001
+    if session._pin is not None:  # noqa: SLF001
+        legs = _pinned(session, needs)
+    else:
+        legs = _unpinned(session, needs, bool(options.get("all_shards")), _order_is_per_parent(state))
+    if needs.row_keys is not None:
+        return _insert_rows(session, state, needs, legs)
+    if len(legs) == 1:
+        state.bind_arguments["bind"] = legs[0].connection.engine
+        return None
+    if needs.writes:
+        return _merged([state.invoke_statement(bind_arguments={"bind": leg.connection.engine}) for leg in legs])
+    with FanOut(session._core.waits, [leg.connection for leg in legs]):  # noqa: SLF001
+        return _merged([state.invoke_statement(bind_arguments={"bind": leg.connection.engine}) for leg in legs])
+
+
+def _merged(results: list[Result[Any]]) -> Result[Any]:
+    return results[0].merge(*results[1:])
+
+
+def _order_is_per_parent(state: ORMExecuteState) -> bool:
+    # A loader of a relationship sorts the rows of each parent, and all rows of one parent are on one shard.
+    return state.is_relationship_load
+
+
+def _pinned(session: ShardedSession, needs: Needs) -> list[Leg]:
+    """In a pinned session everything runs on the key's shard; a statement without a key reads that whole shard."""
+    pin, core = session._pin, session._core  # noqa: SLF001
+    assert pin is not None  # noqa: S101 - for the type checker
+    if needs.scope is Scope.KEYED:
+        session._check_pin(needs.keys, "a statement")  # noqa: SLF001
+
+    def wants(topology: Topology) -> Needed:
+        needed = core.places(topology, (pin,))
+        if needs.scope is not Scope.SCAN:
+            return needed
+        return {shard_id: topology.gates_of(shard_id) for shard_id in needed}
+
+    return session._hold(wants, write=needs.writes)  # noqa: SLF001
+
+
+def _unpinned(session: ShardedSession, needs: Needs, all_shards: bool, order_is_per_parent: bool) -> list[Leg]:
+    core = session._core  # noqa: SLF001
+    if needs.scope is Scope.RAW:
+        raise ShardKeyRequired(
+            "raw SQL names no shard key that could be read", "run it in a session pinned by engine.session(key)"
+        )
+    if needs.scope is Scope.KEYED:
+        legs = session._hold(lambda topology: core.places(topology, needs.keys), write=needs.writes)  # noqa: SLF001
+    elif needs.scope is Scope.REFERENCE:
+        return session._hold(session._any_shard)  # noqa: SLF001
+    else:
+        if needs.writes and not all_shards:
+            raise ShardKeyRequired(
+                f"the statement would change rows of {', '.join(t.fullname for t in needs.tables)} on every shard",
+                "name the shard key in its criteria, or mean it: execution_options(all_shards=True)",
+            )
+        legs = session._hold(_every_shard, write=needs.writes)  # noqa: SLF001
+    if len(legs) > 1 and needs.merge and not (order_is_per_parent and needs.merge == "ORDER BY"):
+        raise UnsupportedCrossShardQuery(
+            f"{needs.merge} over {len(legs)} shards would need their rows to be merged, which is not done yet",
+            "name one shard key in the criteria, or run it for each shard in a pinned session and put the parts "
+            "together",
+        )
+    return legs
+
+
+def _every_shard(topology: Topology) -> Needed:
+    needed = {shard.id: topology.gates_of(shard.id) for shard in topology.owners()}
+    if not needed:
+        raise InvalidTopology("no shard owns any tokens", "give the cluster a shard")
+    return needed
+
+
+def _insert_rows(session: ShardedSession, state: ORMExecuteState, needs: Needs, legs: list[Leg]) -> Result[Any]:
+    """Several rows: each goes to its shard, in one statement a shard."""
+    assert needs.row_keys is not None  # noqa: S101 - for the type checker
+    groups = session._by_leg(list(needs.row_keys))  # noqa: SLF001
+    results = []
+    for leg, positions in groups:
+        statement, parameters = (
+            (state.statement, state.parameters) if len(groups) == 1 else needs.only_rows(state, positions)
+        )
+        with session._in_bulk(leg):  # noqa: SLF001
+            results.append(
+                state.invoke_statement(
+                    statement, parameters, bind_arguments={"bind": leg.connection.engine}
+                )
+            )
+    return results[0] if len(results) == 1 else _merged(results)

@@ -1,0 +1,223 @@
+"""Writes on several shards, committed together.
+
+The last of the writing shards (by id) is the *decider*. The others are prepared (`PREPARE TRANSACTION`); then the
+decider commits its own part together with a row in `shardlib.decision`: that one commit is the decision, durable
+before anybody acts on it. Then the others are committed (`COMMIT PREPARED`).
+
+Whoever finds a prepared transaction whose session is gone asks the decider: it first *writes* `abort` there unless
+a verdict is there already, so a session that is merely slow finds its own decision refused instead of overruled.
+(Presumed abort with the last-agent optimisation: Gray and Reuter, "Transaction Processing", 1993, chapter 10.)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import uuid4
+
+import psycopg
+from psycopg import errors as pg
+from psycopg import sql
+
+from shardlib.errors import UnsupportedOperation
+from shardlib.fence.connection import AsyncFencedConnection, FencedConnection, drive
+from shardlib.session.core import Core
+from shardlib.session.unit import Leg, Unit
+from shardlib.topology import Shard, Topology
+
+__all__ = ["Settled", "TwoPhase", "settle"]
+
+_log = logging.getLogger("shardlib.twophase")
+_PREFIX = "shardlib"
+_FINISH_S = 5.0
+
+
+def gid_of(txid: str, decider: str, shard: str) -> str:
+    """The global id of one shard's part: it names the decider, so that anybody can settle it."""
+    return f"{_PREFIX}:{txid}:{decider}:{shard}"
+
+
+def _command(driver: FencedConnection | AsyncFencedConnection, command: sql.Composed | sql.SQL) -> None:
+    drive(driver, driver.message(command.as_bytes(driver)))
+
+
+class TwoPhase:
+    """Carries the transactions of one session through prepare, decision and commit."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._txid = ""
+        self._decider: Leg | None = None
+        self._prepared: list[Leg] = []
+
+    def prepare(self, unit: Unit) -> None:
+        """Prepare all writing shards but the decider, and write the decision into the decider's transaction.
+
+        Raises:
+            UnsupportedOperation: a server has `max_prepared_transactions = 0`.
+            psycopg.Error: a shard refused; what was prepared has been rolled back.
+        """
+        if len(unit.writes) < 2:
+            return
+        *others, decider = (unit.legs[shard_id] for shard_id in sorted(unit.writes))
+        self._txid, self._decider = uuid4().hex, decider
+        try:
+            self._core.waits.run_all([lambda leg=leg: self._prepare(leg) for leg in others])  # type: ignore[misc]
+            decision = sql.SQL("INSERT INTO shardlib.decision (txid, verdict) VALUES ({}, 'commit')")
+            _command(decider.connection.driver, decision.format(self._txid))
+        except pg.ObjectNotInPrerequisiteState as error:
+            self.abort()
+            raise UnsupportedOperation(
+                "a shard has prepared transactions switched off", "set max_prepared_transactions on its server"
+            ) from error
+        except BaseException:
+            self.abort()
+            raise
+
+    def _prepare(self, leg: Leg) -> None:
+        # Noted before it is sent: if the answer is lost, the part is settled as if it had been prepared.
+        self._prepared.append(leg)
+        _command(leg.connection.driver, sql.SQL("PREPARE TRANSACTION {}").format(self._gid(leg)))
+
+    def _gid(self, leg: Leg) -> str:
+        assert self._decider is not None  # noqa: S101 - set before the first part is prepared
+        return gid_of(self._txid, self._decider.shard.id, leg.shard.id)
+
+    def finish(self) -> None:
+        """After the decision is durable: commit the prepared parts. What cannot be reached is left to `settle`."""
+        decider, prepared = self._decider, self._prepared
+        self._decider, self._prepared = None, []
+        if decider is None:
+            return
+        self._decider = decider
+        left = [leg for leg in prepared if not self._act(leg, "COMMIT")]
+        self._decider = None
+        if left:
+            names = ", ".join(leg.shard.name for leg in left)
+            _log.warning(
+                "transaction %s is decided (commit) but not yet visible on %s: it is settled when they answer",
+                self._txid, names,
+            )  # fmt: skip
+            return
+        forget = sql.SQL(
+            "BEGIN; SET LOCAL synchronous_commit = 'off'; DELETE FROM shardlib.decision WHERE txid = {}; COMMIT"
+        ).format(self._txid)
+        try:
+            _command(decider.connection.driver, forget)
+        except psycopg.Error as error:
+            _log.info("the decision of transaction %s stays behind: %s", self._txid, type(error).__name__)
+
+    def abort(self) -> None:
+        """Before the decision was asked for: roll the prepared parts back."""
+        for leg in self._prepared:
+            self._act(leg, "ROLLBACK")
+        self._decider, self._prepared = None, []
+
+    def resolve(self) -> None:
+        """The transaction ended otherwise than by an acknowledged COMMIT of the decider: let its record decide.
+
+        Its COMMIT may have been refused, never sent, or have had no answer; in each case the verdict written at the
+        decider is the truth, and `abort` is written there first if there is none.
+        """
+        decider, prepared = self._decider, self._prepared
+        if decider is None:
+            return
+        parts = [(leg.shard, self._gid(leg)) for leg in prepared]
+        self._decider, self._prepared = None, []
+        self._core.waits.call(_settle_parts, self._core.cache.current, parts)
+
+    def _act(self, leg: Leg, verb: str) -> bool:
+        command = sql.SQL("{} PREPARED {}").format(sql.SQL(verb), self._gid(leg))  # type: ignore[arg-type]
+        try:
+            _command(leg.connection.driver, command)
+        except pg.UndefinedObject:
+            return True  # it never got as far as being prepared, or somebody settled it already
+        except psycopg.Error as error:
+            _log.info("%s PREPARED on %s: %s", verb, leg.shard.name, type(error).__name__)
+            return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A prepared transaction that was left in doubt, and how it ended."""
+
+    shard: str
+    gid: str
+    verdict: str
+    """`commit` or `abort`; `pending` if its decider did not answer."""
+
+
+def settle(topology: Topology, *, older_than_s: float, timeout_s: float = 5.0) -> list[Settled]:
+    """Finish the prepared transactions that lost their session. Safe to run anywhere, any number of times at once.
+
+    Blocking; opens its own connections. A part whose decider cannot be reached stays as it is.
+
+    Args:
+        topology: the cluster.
+        older_than_s: seconds since it was prepared, by the shard's clock; younger ones are left to their session.
+        timeout_s: seconds to connect, and for each statement.
+
+    Returns:
+        One entry for each transaction in doubt.
+    """
+    done: list[Settled] = []
+    for shard in topology.shards:
+        try:
+            with _connect(shard, timeout_s) as conn:
+                rows = conn.execute(
+                    "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() AND gid LIKE %s"
+                    " AND prepared <= now() - make_interval(secs => %s)",
+                    (f"{_PREFIX}:%", older_than_s),
+                ).fetchall()
+                done += [_settle_one(topology, shard, conn, gid, timeout_s) for (gid,) in rows]
+        except psycopg.Error as error:
+            _log.warning("in-doubt transactions of shard %s: %s", shard.name, type(error).__name__)
+    return done
+
+
+def _settle_parts(topology: Topology, parts: Sequence[tuple[Shard, str]]) -> None:
+    for shard, gid in parts:
+        try:
+            with _connect(shard, _FINISH_S) as conn:
+                _settle_one(topology, shard, conn, gid, _FINISH_S)
+        except psycopg.Error as error:
+            _log.warning("%s is in doubt on shard %s until it answers: %s", gid, shard.name, type(error).__name__)
+
+
+def _connect(shard: Shard, timeout_s: float) -> psycopg.Connection[tuple[object, ...]]:
+    return psycopg.connect(
+        shard.primary.conninfo(
+            connect_timeout=max(2, round(timeout_s)),
+            options=f"-c statement_timeout={timeout_s * 1000:.0f}",
+            application_name="shardlib settle",
+        ),
+        autocommit=True,
+    )
+
+
+def _settle_one(
+    topology: Topology, shard: Shard, conn: psycopg.Connection[tuple[object, ...]], gid: object, timeout_s: float
+) -> Settled:
+    _, txid, decider_id, _ = str(gid).split(":")
+    try:
+        with _connect(topology.shard(decider_id), timeout_s) as decider:
+            decider.execute(
+                "INSERT INTO shardlib.decision (txid, verdict) VALUES (%s, 'abort') ON CONFLICT DO NOTHING", (txid,)
+            )
+            found: Sequence[object] | None = decider.execute(
+                "SELECT verdict FROM shardlib.decision WHERE txid = %s", (txid,)
+            ).fetchone()
+    except psycopg.Error as error:
+        _log.warning("the decider of %s does not answer: %s", gid, type(error).__name__)
+        return Settled(shard.name, str(gid), "pending")
+    verdict = str(found[0]) if found else "pending"
+    if verdict != "pending":
+        verb = "COMMIT" if verdict == "commit" else "ROLLBACK"
+        try:
+            conn.execute(sql.SQL("{} PREPARED {}").format(sql.SQL(verb), str(gid)))  # type: ignore[arg-type]
+        except pg.UndefinedObject:
+            pass  # its session, or another settler, was faster
+        _log.info("settled %s on shard %s: %s", gid, shard.name, verdict)
+    return Settled(shard.name, str(gid), verdict)

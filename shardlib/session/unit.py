@@ -1,0 +1,163 @@
+"""One transaction of a session: the topology it routes by, and a fenced connection for each shard it touched."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from sqlalchemy.orm import SessionTransaction
+
+from shardlib.errors import CrossShardTransaction, StaleTopology, UnsupportedOperation
+from shardlib.fence.connection import lock_gates
+from shardlib.fence.verdict import GateClosed
+from shardlib.session.core import Core, Needed
+from shardlib.shard import ShardConnection
+from shardlib.topology import Shard, Status, Topology
+
+__all__ = ["Leg", "Unit"]
+
+
+class Leg:
+    """The part of a transaction that runs on one shard."""
+
+    __slots__ = ("at_begin", "connection", "gates", "shard")
+
+    def __init__(self, shard: Shard, connection: ShardConnection, gates: tuple[int, ...]) -> None:
+        self.shard, self.connection = shard, connection
+        self.at_begin = frozenset(gates)
+        self.gates = self.at_begin
+
+    def savepoint_ended(self) -> None:
+        """Forget gates taken since the transaction began: PostgreSQL lets go of them with a savepoint."""
+        self.gates = self.at_begin
+
+
+class Unit:
+    """State of one root transaction of a session. It routes by the topology it began with, to its end."""
+
+    __slots__ = ("core", "legs", "topology", "transaction", "writes")
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.topology: Topology = core.cache.current
+        self.legs: dict[str, Leg] = {}
+        self.writes: set[str] = set()
+        self.transaction: SessionTransaction | None = None
+
+    def hold(
+        self,
+        wants: Callable[[Topology], Needed],
+        adopt: Callable[[ShardConnection], None],
+        options: Mapping[str, Any] | None = None,
+    ) -> list[Leg]:
+        """A leg for each shard that `wants` names, holding the gates it names.
+
+        Before the first leg is there, nothing of the transaction has run: a closed gate then means to take a newer
+        topology and ask `wants` again, for up to `reroute_timeout_s`. Later it is an error.
+
+        Args:
+            wants: the shards and gates needed, by a topology.
+            adopt: makes a begun connection part of the session's transaction.
+            options: execution options for new connections, set before their transaction begins.
+
+        Raises:
+            StaleTopology: a gate is closed and the transaction had begun, or no topology with an open one came.
+            ShardUnavailable: a shard is not reachable.
+            PoolTimeout: no connection became free in time.
+        """
+        deadline, attempt = 0.0, 0
+        while True:
+            needed = wants(self.topology)
+            if len(needed) == 1:  # nearly always: one dictionary hit
+                ((shard_id, gates),) = needed.items()
+                leg = self.legs.get(shard_id)
+                if leg is not None and leg.gates.issuperset(gates):
+                    return [leg]
+            try:
+                return self._take(needed, adopt, options)
+            except _Refused as refused:
+                if self.legs:
+                    raise StaleTopology(
+                        refused.shard, refused.closed.gates[0], self.topology.version
+                    ) from None
+                if not deadline:
+                    deadline = time.monotonic() + self.core.reroute_timeout_s
+                self.topology = self.core.newer(self.topology, refused.closed, refused.shard, deadline, attempt)
+                attempt += 1
+
+    def _take(
+        self, needed: Needed, adopt: Callable[[ShardConnection], None], options: Mapping[str, Any] | None
+    ) -> list[Leg]:
+        fresh: list[tuple[Shard, tuple[int, ...]]] = []
+        for shard_id, gates in needed.items():
+            leg = self.legs.get(shard_id)
+            if leg is None:
+                fresh.append((self.topology.shard(shard_id), gates))
+            elif missing := tuple(gate for gate in gates if gate not in leg.gates):
+                try:
+                    lock_gates(leg.connection.driver, missing)
+                except GateClosed as closed:
+                    raise _Refused(leg.shard.name, closed) from None
+                leg.gates = leg.gates.union(missing)
+        if fresh:
+            self._open(fresh, adopt, options)
+        return [self.legs[shard_id] for shard_id in needed]
+
+    def _open(
+        self,
+        fresh: list[tuple[Shard, tuple[int, ...]]],
+        adopt: Callable[[ShardConnection], None],
+        options: Mapping[str, Any] | None,
+    ) -> None:
+        """Begin on the new shards side by side; adopt all of them or none."""
+        begun: dict[str, ShardConnection] = {}
+        refusals: list[Exception] = []
+
+        def begin(shard: Shard, gates: tuple[int, ...]) -> None:
+            # Errors are kept, not raised: what the others opened meanwhile must be given back first.
+            try:
+                begun[shard.id] = self.core.connect(shard, gates, options)
+            except GateClosed as closed:
+                refusals.append(_Refused(shard.name, closed))
+            except Exception as error:  # noqa: BLE001 - raised below
+                refusals.append(error)
+
+        try:
+            if len(fresh) == 1:
+                begin(*fresh[0])
+            else:
+                self.core.waits.run_all([partial(begin, shard, gates) for shard, gates in fresh])
+            if refusals:
+                # An error that no newer topology mends goes first.
+                raise next((e for e in refusals if not isinstance(e, _Refused)), refusals[0])
+            for shard, gates in fresh:
+                adopt(begun[shard.id])
+                self.legs[shard.id] = Leg(shard, begun.pop(shard.id), gates)
+        finally:
+            for conn in begun.values():
+                conn.close()
+
+    def will_write(self, legs: list[Leg], *, twophase: bool) -> None:
+        """Note that the transaction writes on these shards.
+
+        Raises:
+            CrossShardTransaction: it would write on several without two-phase commit.
+            UnsupportedOperation: a shard is read-only.
+        """
+        for leg in legs:
+            if leg.shard.status is Status.READONLY:
+                raise UnsupportedOperation(
+                    f"shard {leg.shard.name!r} is read-only", "write again once its status is active"
+                )
+        ids = {leg.shard.id for leg in legs}
+        if not twophase and len(self.writes | ids) > 1:
+            raise CrossShardTransaction([self.legs[i].shard.name for i in sorted(self.writes | ids)])
+        self.writes |= ids
+
+
+class _Refused(Exception):  # noqa: N818 - see GateClosed
+    def __init__(self, shard: str, closed: GateClosed) -> None:
+        super().__init__(shard, closed)
+        self.shard, self.closed = shard, closed
