@@ -207,18 +207,23 @@ class ShardedSession(Session):
         finally:
             self._bulk = before
 
-    def _by_leg(self, keys: list[bytes]) -> list[tuple[Leg, list[int]]]:
-        """Positions of rows grouped by the leg that they are written to."""
+    def _by_leg(self, rows: Mapping[bytes, list[int]]) -> list[tuple[Leg, list[int]]]:
+        """Positions of rows, given by key, grouped by the leg that they are written to."""
         if self._pin is not None:
-            self._check_pin(keys, "a row")
-        wanted = tuple(dict.fromkeys(keys))
-        legs = {leg.shard.id: leg for leg in self._hold(lambda t: self._core.places(t, wanted), write=True)}
+            self._check_pin(rows, "a row")
+        self._hold(lambda topology: self._core.places(topology, tuple(rows)), write=True)
         unit = self._now
         groups: dict[str, list[int]] = {}
-        placed = {key: next(iter(self._core.places(unit.topology, (key,)))) for key in wanted}
+        for key, positions in rows.items():
+            (shard_id,) = self._core.places(unit.topology, (key,))
+            groups.setdefault(shard_id, []).extend(positions)
+        return [(unit.legs[shard_id], sorted(positions)) for shard_id, positions in groups.items()]
+
+    def _rows_by_leg(self, keys: Iterable[bytes]) -> list[tuple[Leg, list[int]]]:
+        rows: dict[bytes, list[int]] = {}
         for position, key in enumerate(keys):
-            groups.setdefault(placed[key], []).append(position)
-        return [(legs[shard_id], positions) for shard_id, positions in groups.items()]
+            rows.setdefault(key, []).append(position)
+        return self._by_leg(rows) if rows else []
 
     def bulk_save_objects(
         self, objects: Iterable[object], return_defaults: bool = False, update_changed_only: bool = True,
@@ -227,7 +232,7 @@ class ShardedSession(Session):
         """As SQLAlchemy's, grouped by shard."""
         rows = list(objects)
         keys = [self._instance_keys.writable_key_of(row) for row in rows]
-        for leg, positions in self._by_leg(keys) if rows else ():
+        for leg, positions in self._rows_by_leg(keys):
             with self._in_bulk(leg):
                 super().bulk_save_objects(
                     [rows[i] for i in positions], return_defaults, update_changed_only, preserve_order
@@ -240,7 +245,7 @@ class ShardedSession(Session):
         """As SQLAlchemy's, grouped by shard."""
         rows = list(mappings)
         keys = [self._instance_keys.mapping_key(inspect(mapper), row) for row in rows]
-        for leg, positions in self._by_leg(keys) if rows else ():
+        for leg, positions in self._rows_by_leg(keys):
             with self._in_bulk(leg):
                 super().bulk_insert_mappings(mapper, [rows[i] for i in positions], return_defaults, render_nulls)
 
@@ -248,7 +253,7 @@ class ShardedSession(Session):
         """As SQLAlchemy's, grouped by shard."""
         rows = list(mappings)
         keys = [self._instance_keys.mapping_key(inspect(mapper), row) for row in rows]
-        for leg, positions in self._by_leg(keys) if rows else ():
+        for leg, positions in self._rows_by_leg(keys):
             with self._in_bulk(leg):
                 super().bulk_update_mappings(mapper, [rows[i] for i in positions])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Result
@@ -9,7 +10,7 @@ from sqlalchemy.orm import ORMExecuteState
 
 from shardlib.errors import InvalidTopology, ShardKeyRequired, UnsupportedCrossShardQuery
 from shardlib.route.consistency import Consistency
-from shardlib.route.extract import Needs, Scope, needs_of
+from shardlib.route import Needs, Scope, needs_of
 from shardlib.session.core import Needed
 from shardlib.session.fanout import FanOut
 from shardlib.session.unit import Leg
@@ -40,8 +41,8 @@ def route_statement(session: ShardedSession, state: ORMExecuteState) -> Result[A
         legs = _pinned(session, needs)
     else:
         legs = _unpinned(session, needs, bool(options.get("all_shards")), _order_is_per_parent(state))
-    if needs.row_keys is not None:
-        return _insert_rows(session, state, needs, legs)
+    if needs.per_key_rows is not None:
+        return _rows_by_shard(session, state, needs.per_key_rows)
     if len(legs) == 1:
         state.bind_arguments["bind"] = legs[0].connection.engine
         return None
@@ -82,9 +83,9 @@ def _unpinned(session: ShardedSession, needs: Needs, all_shards: bool, order_is_
         raise ShardKeyRequired(
             "raw SQL names no shard key that could be read", "run it in a session pinned by engine.session(key)"
         )
-    if needs.scope is Scope.KEYED:
+    if needs.scope is Scope.KEYED and needs.keys:
         legs = session._hold(lambda topology: core.places(topology, needs.keys), write=needs.writes)  # noqa: SLF001
-    elif needs.scope is Scope.REFERENCE:
+    elif needs.scope is not Scope.SCAN:  # reference tables, or criteria that no row can meet
         return session._hold(session._any_shard)  # noqa: SLF001
     else:
         if needs.writes and not all_shards:
@@ -109,19 +110,28 @@ def _every_shard(topology: Topology) -> Needed:
     return needed
 
 
-def _insert_rows(session: ShardedSession, state: ORMExecuteState, needs: Needs, legs: list[Leg]) -> Result[Any]:
-    """Several rows: each goes to its shard, in one statement a shard."""
-    assert needs.row_keys is not None  # noqa: S101 - for the type checker
-    groups = session._by_leg(list(needs.row_keys))  # noqa: SLF001
+def _rows_by_shard(
+    session: ShardedSession, state: ORMExecuteState, rows: Mapping[bytes, tuple[int, ...]]
+) -> Result[Any]:
+    """Several rows or parameter sets: each goes to the shard of its key, in one statement a shard."""
+    groups = session._by_leg({key: list(positions) for key, positions in rows.items()})  # noqa: SLF001
     results = []
     for leg, positions in groups:
-        statement, parameters = (
-            (state.statement, state.parameters) if len(groups) == 1 else needs.only_rows(state, positions)
-        )
+        statement, parameters = state.statement, state.parameters
+        if len(groups) > 1:
+            statement, parameters = _only(statement, parameters, positions)
         with session._in_bulk(leg):  # noqa: SLF001
             results.append(
-                state.invoke_statement(
-                    statement, parameters, bind_arguments={"bind": leg.connection.engine}
-                )
+                state.invoke_statement(statement, parameters, bind_arguments={"bind": leg.connection.engine})
             )
     return results[0] if len(results) == 1 else _merged(results)
+
+
+def _only(statement: Any, parameters: Any, positions: list[int]) -> tuple[Any, Any]:
+    """The statement for these of its rows: of its parameter sets, or of its `values([...])`."""
+    if isinstance(parameters, list | tuple):
+        return statement, [parameters[i] for i in positions]
+    rows = [row for part in statement._multi_values for row in part]  # noqa: SLF001 - SQLAlchemy has no public way
+    narrowed = statement._generate()  # noqa: SLF001
+    narrowed._multi_values = ([rows[i] for i in positions],)  # noqa: SLF001
+    return narrowed, parameters

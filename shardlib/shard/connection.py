@@ -1,0 +1,60 @@
+"""The connection of one shard that SQLAlchemy's Session and Core work on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sqlalchemy.engine import Connection, CursorResult, Engine
+
+from shardlib.topology import Shard
+
+if TYPE_CHECKING:
+    from shardlib.fence.connection import FencedConnection
+
+__all__ = ["ShardConnection"]
+
+
+class _Answers(Protocol):
+    def answer(self, conn: ShardConnection, statement: Any, parameters: Any, options: Any) -> CursorResult[Any]:
+        """The answer of this connection to a statement that several are asked."""
+        ...
+
+
+class ShardConnection(Connection):
+    """A `sqlalchemy.Connection` that knows its shard."""
+
+    shard: Shard | None = None
+    """Where its transaction runs."""
+    fan_out: _Answers | None = None
+    """Set while one statement runs on several connections side by side."""
+
+    @property
+    def driver(self) -> FencedConnection:
+        """The psycopg connection underneath (its asyncio kind has the same fence)."""
+        driver: FencedConnection = self.connection.driver_connection  # type: ignore[assignment]
+        return driver
+
+    def execute(  # type: ignore[override]
+        self, statement: Any, parameters: Any = None, *, execution_options: Any = None
+    ) -> CursorResult[Any]:
+        """As `Connection.execute`."""
+        if self.fan_out is not None:
+            return self.fan_out.answer(self, statement, parameters, execution_options)
+        return super().execute(statement, parameters, execution_options=execution_options)
+
+    def execute_here(self, statement: Any, parameters: Any, execution_options: Any) -> CursorResult[Any]:
+        """Execute on this connection alone, also while a statement runs on several."""
+        return super().execute(statement, parameters, execution_options=execution_options)
+
+    def execution_options(self, **options: Any) -> Any:
+        """As `Connection.execution_options`; repeating the isolation level of a begun transaction is no change."""
+        if "isolation_level" in options and self.in_transaction():
+            if options["isolation_level"] == self.get_execution_options().get("isolation_level"):
+                options = {name: value for name, value in options.items() if name != "isolation_level"}
+        return super().execution_options(**options)
+
+    def move_to(self, engine: Engine) -> None:
+        """Go on with a connection of another engine (or a fresh one of the same). Nothing may have run on this one."""
+        self.connection.invalidate()
+        self.engine, self.dialect = engine, engine.dialect
+        self._dbapi_connection = engine.raw_connection()
