@@ -1,0 +1,37 @@
+"""Key bytes become a token: an unsigned 64-bit hash, by the function that the cluster was created with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from mmh3 import mmh3_x64_128_utupledigest
+from xxhash import xxh3_64_intdigest
+
+from shardlib.errors import InvalidArgument
+
+__all__ = ["HASH_FUNCTIONS", "hash_of"]
+
+
+def _murmur3(key: bytes) -> int:
+    """MurmurHash3, x64 128-bit, seed 0: its first 64 bits, little-endian as its author's code writes them."""
+    return mmh3_x64_128_utupledigest(key)[0]
+
+
+HASH_FUNCTIONS: Final[dict[str, Callable[[bytes], int]]] = {"murmur3": _murmur3, "xxhash": xxh3_64_intdigest}
+"""The hash functions by name. A cluster chooses one when it is created and keeps it."""
+
+
+def hash_of(name: str) -> Callable[[bytes], int]:
+    """The hash function of that name: key bytes to a token, 0 <= token < 2**64.
+
+    Args:
+        name: `murmur3` (MurmurHash3 x64 128-bit, seed 0, first 64 bits) or `xxhash` (XXH3 64-bit, seed 0).
+
+    Raises:
+        InvalidArgument: there is no such function.
+    """
+    try:
+        return HASH_FUNCTIONS[name]
+    except (KeyError, TypeError):
+        raise InvalidArgument("hash_function", name, f"one of {', '.join(map(repr, HASH_FUNCTIONS))}") from None
