@@ -131,7 +131,7 @@ def _copied(install: Path, version: str) -> Path:
     """A copy of an installation in the cache, made once: a second starter waits for the first."""
     mark = hashlib.sha256(f"{install}\0{version}\0{(install / 'bin/postgres').stat().st_mtime_ns}".encode())
     root = places.cache() / "programs"
-    root.mkdir(mode=0o755, exist_ok=True)
+    places.make(root, 0o755)
     target = root / mark.hexdigest()[:16]
     with places.locked(root / f"{target.name}.lock"):
         if not target.exists():

@@ -14,7 +14,7 @@ from typing import Final
 
 from shardlib_ops.local.process import Account
 
-__all__ = ["blocked_at", "cache", "locked", "temporary"]
+__all__ = ["blocked_at", "cache", "locked", "make"]
 
 _VARIABLE: Final = "SHARDLIB_CACHE"
 
@@ -47,15 +47,26 @@ def _user_cache() -> Path:
 
 
 def _made(place: Path, mode: int = 0o755) -> Path:
-    place.mkdir(mode=mode, parents=True, exist_ok=True)
+    make(place, mode)
     if not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(f"the cache folder {place} cannot be written")
     return place
 
 
-def temporary(prefix: str) -> Path:
-    """A new folder with a short path: the path of a Unix socket is limited to about 100 bytes."""
-    return Path(tempfile.mkdtemp(prefix=prefix)).resolve()
+def make(folder: Path, mode: int, *, fresh: bool = False) -> None:
+    """Make a folder with exactly that mode, whatever the umask; one that exists is left as it is.
+
+    Raises:
+        FileExistsError: it exists and should be `fresh`, or is no folder.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        if fresh or not folder.is_dir():
+            raise
+        return
+    folder.chmod(mode)
 
 
 def blocked_at(path: Path, owner: Account | None) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -20,7 +19,7 @@ from shardlib.errors import InvalidArgument, ShardUnavailable
 from shardlib_ops.local import template
 from shardlib_ops.local.binaries import Postgres
 from shardlib_ops.local.ports import HOST
-from shardlib_ops.local.process import Account, Daemon, remove_shared_memory, running_in, wait_until
+from shardlib_ops.local.process import Account, Daemon, free_shared_memory, running_in, wait_until
 
 __all__ = ["LocalServer", "ServerSpec"]
 
@@ -296,9 +295,8 @@ class LocalServer:
                 path.unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Free what a killed server left outside of its folder."""
-        with contextlib.suppress(IndexError, ValueError):  # it ended properly, or had not got that far
-            remove_shared_memory(int(self._pid_file()[6].split()[1]))
+        """Free what a killed server left outside of its folder, when it will not be started again."""
+        free_shared_memory(self.data)
 
     def _set_password(self) -> None:
         with self.connect_locally() as connection:

@@ -22,6 +22,7 @@ __all__ = [
     "Daemon",
     "account",
     "children_of",
+    "free_shared_memory",
     "kill_all",
     "running_in",
     "started_at",
@@ -173,10 +174,15 @@ def kill_all(pids: Iterable[int], within_s: float = _GONE_S) -> bool:
     return wait_until(gone, within_s)
 
 
-def remove_shared_memory(segment: int) -> None:
-    """Remove a System V shared memory segment that a killed server left; one that is gone already is fine."""
+def free_shared_memory(data: Path) -> None:
+    """Remove the System V shared memory segment that a killed PostgreSQL of that data folder left, if any."""
+    try:
+        segment = int((data / "postmaster.pid").read_text().splitlines()[6].split()[1])
+    except (OSError, IndexError, ValueError):
+        return  # it ended properly, or had not got that far
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.shmctl(ctypes.c_int(segment), ctypes.c_int(0), None)  # 0 is IPC_RMID on Linux and macOS
+    # 0 is IPC_RMID on Linux and macOS; a segment that is gone already is fine.
+    libc.shmctl(ctypes.c_int(segment), ctypes.c_int(0), None)
 
 
 class Daemon:

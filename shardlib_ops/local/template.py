@@ -39,7 +39,7 @@ def template(postgres: Postgres, owner: Account | None, timeout_s: float) -> Pat
     It belongs to the account that servers run as. It has no WAL: `clone` gives each copy its own.
     """
     root = places.cache() / "templates"
-    root.mkdir(mode=0o755, exist_ok=True)
+    places.make(root, 0o755)
     what = (postgres.version, *_OPTIONS, _CLIENTS, _FORMAT, owner)
     target = root / hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     if target.exists():
