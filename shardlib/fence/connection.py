@@ -30,6 +30,7 @@ T = TypeVar("T")
 _IDLE: Final = pq.TransactionStatus.IDLE
 _INERROR: Final = pq.TransactionStatus.INERROR
 _FATAL: Final = pq.ExecStatus.FATAL_ERROR
+_COMMIT_AFTER_CANCEL_S: Final = 30.0
 
 
 
@@ -192,15 +193,27 @@ class AsyncFencedConnection(_Fenced, psycopg.AsyncConnection[Any]):  # type: ign
         Passing it on would cancel the statement in the server, which ends the wait for a synchronous replica while
         the row stays: acknowledged to nobody, visible to all.
         """
-        running = asyncio.ensure_future(super().commit())  # type: ignore[func-returns-value,arg-type]
+        running = asyncio.ensure_future(super().commit())
         try:
             await asyncio.shield(running)
         except asyncio.CancelledError:
-            if not running.done():
-                await asyncio.wait([running])
-            if not running.cancelled() and (error := running.exception()) is not None:
-                raise error from None
+            await _outcome(running)
             raise
+
+
+async def _outcome(running: asyncio.Future[None]) -> None:
+    """Wait for a COMMIT whose caller was cancelled, within a limit; raises its error, if it has one."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _COMMIT_AFTER_CANCEL_S
+    while not running.done() and (remaining := deadline - loop.time()) > 0:
+        try:
+            await asyncio.wait([running], timeout=remaining)
+        except asyncio.CancelledError:
+            continue  # cancelled once more: the outcome still matters more
+    if not running.done():
+        running.cancel()
+        raise UnknownCommit(f"cancelled, and no answer came within {_COMMIT_AFTER_CANCEL_S:g} s after that")
+    running.result()
 
 
 def drive(driver: FencedConnection | AsyncFencedConnection, generator: Generator[Any, Any, T]) -> T:
