@@ -1,0 +1,300 @@
+"""The topology a client routes by: one attribute, replaced by a watch, asked anew when a shard refuses a
+gate.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from shardlib.catalog.base import Catalog, Watch
+from shardlib.catalog.disk import read_file, write_file
+from shardlib.catalog.store import Deadline
+from shardlib.errors import CatalogUnavailable, InvalidArgument, InvalidTopology, ShardlibError
+from shardlib.topology import Topology
+
+__all__ = ["TopologyCache"]
+
+_log = logging.getLogger("shardlib.catalog")
+_CLOSE_S: Final = 1.0
+
+
+class TopologyCache:
+    """Holds the newest topology that this process has seen, and never goes back.
+
+    `current` is a plain attribute: reading it takes no lock and no network. A watch replaces it; a slow poll
+    does too, since nothing may depend on a watch alone. A lower version, the same version with other content,
+    another cluster or another hash function are refused and logged: a catalog restored from a backup must not
+    undo what
+    this process has seen (the shards' gates would refuse it anyway).
+
+    Args:
+        catalog: owned by the caller, who closes it after the cache.
+        file: where the last topology is saved (mode 0600), and read from if the catalog is away at the start.
+        poll_s: seconds between two full reads that do not rely on the watch.
+    """
+
+    current: Topology
+    """Set by `start`."""
+
+    def __init__(self, catalog: Catalog, *, file: Path | None = None, poll_s: float = 30.0) -> None:
+        if not poll_s > 0:
+            raise InvalidArgument("poll_s", poll_s, "seconds, above 0")
+        self._catalog, self._file, self._poll_s = catalog, file, poll_s
+        self._listeners: list[Callable[[Topology], None]] = []
+        self._started = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._changed = threading.Condition()
+        self._accepting = threading.Lock()
+        self._watch: Watch | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._dirty = False
+        self._asked = self._answered = 0
+        self._failed: tuple[int, ShardlibError] | None = None
+        self._complained: set[str] = set()
+        self._proved_at: float | None = None
+
+    def start(self, timeout_s: float = 3.0) -> Topology:
+        """Load the first topology, from the catalog or else from the file, and begin to watch.
+
+        Args:
+            timeout_s: how long to try the catalog. With a usable file one failed try is enough.
+
+        Raises:
+            CatalogUnavailable: the catalog did not answer, and there is no usable file.
+            InvalidTopology: the catalog is empty or damaged, or the file is of another cluster.
+        """
+        if self._started:
+            return self.current
+        saved, problem = self._read_saved()
+        deadline, wait_s = Deadline(timeout_s), 0.05
+        while True:
+            try:
+                loaded = self._catalog.load()
+                break
+            except CatalogUnavailable as error:
+                if saved is not None:
+                    _log.warning("%s; starting from version %d in %s", error, saved.version, self._file)
+                    self.current = saved
+                    return self._begin(loaded=False)
+                if deadline.left() <= wait_s:
+                    if problem is not None:
+                        error.add_note(f"{self._file} was of no use: {problem}")
+                    raise
+                threading.Event().wait(wait_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+                wait_s = min(1.0, wait_s * 2)
+        if problem is not None:
+            _log.warning("%s was of no use: %s", self._file, problem)
+        if saved is not None and saved.cluster_id != loaded.cluster_id:
+            raise InvalidTopology(
+                f"{self._file} is of cluster {saved.cluster_id!r}, the catalog {self._catalog.safe_url} of "
+                f"{loaded.cluster_id!r}",
+                "delete the file, or correct the URL",
+            )
+        self.current = saved if saved is not None and saved.version > loaded.version else loaded
+        self._accept(loaded)
+        return self._begin(loaded=True)
+
+    def _read_saved(self) -> tuple[Topology | None, Exception | None]:
+        if self._file is None:
+            return None, None
+        try:
+            return read_file(self._file), None
+        except (InvalidTopology, OSError) as error:
+            return None, error
+
+    def _begin(self, *, loaded: bool) -> Topology:
+        now = time.monotonic()
+        self._proved_at = now if loaded else None
+        self._dirty = loaded
+        self._started = True
+        self._thread = threading.Thread(target=self._tend, name="shardlib-topology", daemon=True)
+        self._thread.start()
+        self._watch = self._catalog.watch(self._on_change, self._on_alive)
+        return self.current
+
+    def refresh(self, *, newer_than: int | None = None, timeout_s: float = 3.0) -> Topology:
+        """The topology after asking the catalog, or as soon as the cached version is above `newer_than`.
+
+        Calls share a read of the catalog, but only one that began after they were made: what it returns is at
+            least
+        as new as the call.
+
+        Raises:
+            CatalogUnavailable: no answer within `timeout_s`.
+            InvalidTopology: the catalog's content is gone or damaged.
+        """
+        deadline = Deadline(timeout_s)
+        with self._changed:
+            self._check_running()
+            if newer_than is not None and self.current.version > newer_than:
+                return self.current
+            self._asked += 1
+            mine = self._asked
+            self._changed.notify_all()
+            while True:
+                if newer_than is not None and self.current.version > newer_than:
+                    return self.current
+                if self._answered >= mine:
+                    return self.current
+                if self._failed is not None and self._failed[0] >= mine:
+                    raise self._failed[1]
+                if deadline.passed() or self._closed:
+                    raise CatalogUnavailable(self._catalog.safe_url, f"no answer within {timeout_s:g} s")
+                self._changed.wait(deadline.left())
+
+    def wait_newer(self, version: int, timeout_s: float) -> bool:
+        """Wait until the cached version is above `version`, asking nobody; False if it took too long."""
+        deadline = Deadline(timeout_s)
+        with self._changed:
+            while self.current.version <= version:
+                if deadline.passed() or self._closed:
+                    return False
+                self._changed.wait(deadline.left())
+            return True
+
+    def listen(self, callback: Callable[[Topology], None]) -> None:
+        """Have `callback` called with each new topology, in order, from a thread of the cache."""
+        with self._accepting:
+            self._listeners.append(callback)
+
+    def staleness(self) -> float:
+        """Seconds since the catalog was last proved to be heard; infinite if it never was."""
+        proved_at = self._proved_at
+        return float("inf") if proved_at is None else time.monotonic() - proved_at
+
+    def after_fork(self) -> None:
+        """In a forked child: keep the topology, and watch anew with connections and threads of its own."""
+        self._catalog.after_fork()
+        running, proved_at = self._started and not self._closed, self._proved_at
+        self._reset()
+        if running:
+            self._begin(loaded=False)
+            self._proved_at = proved_at
+
+    def close(self) -> None:
+        """Stop watching, and save the last topology if that is still to be done; idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._watch is not None:
+            self._watch.close()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(_CLOSE_S)
+
+    def _check_running(self) -> None:
+        if not self._started or self._closed:
+            raise CatalogUnavailable(self._catalog.safe_url, "the topology cache is not running")
+
+    def _tend(self) -> None:
+        """The cache's own thread: reads the catalog when asked and now and then, and saves the file."""
+        next_poll = Deadline(self._poll_s * random.uniform(0.7, 1.0))  # noqa: S311 - jitter
+        while True:
+            with self._changed:
+                while not (self._closed or self._pending() or self._dirty or next_poll.passed()):
+                    self._changed.wait(next_poll.left())
+                asked, pending, closed = self._asked, self._pending(), self._closed
+                poll, dirty = next_poll.passed(), self._dirty
+            if not closed and (pending or poll):
+                self._read(asked)
+                next_poll = Deadline(self._poll_s * random.uniform(0.7, 1.0))  # noqa: S311 - jitter
+            elif dirty:
+                self._save()
+            if closed:
+                return
+
+    def _pending(self) -> bool:
+        failed = self._failed[0] if self._failed is not None else 0
+        return self._asked > max(self._answered, failed)
+
+    def _read(self, asked: int) -> None:
+        try:
+            topology = self._catalog.load(self.current)
+        except ShardlibError as error:
+            with self._changed:
+                self._failed = asked, error
+                self._changed.notify_all()
+            return
+        except Exception as error:  # noqa: BLE001 - logged, and told to those who wait
+            _log.exception("reading the catalog %s failed", self._catalog.safe_url)
+            with self._changed:
+                self._failed = asked, CatalogUnavailable(self._catalog.safe_url, type(error).__name__)
+                self._changed.notify_all()
+            return
+        self._proved_at = time.monotonic()
+        self._accept(topology)
+        with self._changed:
+            self._answered = asked
+            self._changed.notify_all()
+
+    def _save(self) -> None:
+        with self._changed:
+            self._dirty = False
+        if self._file is None:
+            return
+        try:
+            write_file(self._file, self.current)
+        except (OSError, ShardlibError) as error:
+            self._complain("file", f"the topology cannot be saved in {self._file}: {error}")
+
+    def _on_alive(self, alive: bool) -> None:
+        if alive:
+            self._proved_at = time.monotonic()
+
+    def _on_change(self, version: int) -> None:
+        if self._closed or version == self.current.version:
+            return
+        try:
+            self._accept(self._catalog.load(self.current))
+        except ShardlibError as error:
+            _log.warning("version %d was announced and could not be read yet: %s", version, error)
+            with self._changed:
+                self._asked += 1  # the cache's own thread tries again, with nobody waiting for it
+                self._changed.notify_all()
+
+    def _accept(self, new: Topology) -> None:
+        """Make `new` the current topology if it is newer, and tell the listeners."""
+        with self._accepting:
+            old = self.current
+            if (problem := _refusal(old, new)) is not None:
+                self._complain("refused", f"{self._catalog.safe_url}: {problem}")
+                return
+            if new.version == old.version:
+                return
+            self.current = new
+            with self._changed:
+                self._dirty = True
+                self._changed.notify_all()
+            for listener in self._listeners:
+                try:
+                    listener(new)
+                except Exception:  # noqa: BLE001 - logged: a fault of other code must not end the thread
+                    _log.exception("a listener of the topology failed")
+
+    def _complain(self, kind: str, message: str) -> None:
+        if kind not in self._complained:
+            self._complained.add(kind)
+            _log.error("%s", message)
+
+
+def _refusal(old: Topology, new: Topology) -> str | None:
+    """Why `new` may not follow `old`, None if it may."""
+    if new.cluster_id != old.cluster_id:
+        return f"it now holds cluster {new.cluster_id!r}; this process goes on with {old.cluster_id!r}"
+    if new.hash_function != old.hash_function:
+        return (
+            f"the hash function became {new.hash_function!r}; this process goes on with {old.hash_function!r}"
+        )
+    if new.version < old.version:
+        return f"version {new.version} after {old.version}: refused (was the catalog restored from a backup?)"
+    if new.version == old.version and new.nonce != old.nonce:
+        return f"version {new.version} came with other content than was seen: refused"
+    return None

@@ -1,0 +1,287 @@
+"""The catalog over any store: how a topology is loaded, published and watched is written here, once."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from shardlib.catalog.base import Conflict, Lease, Watch
+from shardlib.catalog.lease import KeptLease
+from shardlib.catalog.store import Deadline, Record, Store
+from shardlib.catalog.watching import Watching
+from shardlib.errors import CatalogUnavailable, InvalidArgument, InvalidTopology
+from shardlib.topology import Topology
+from shardlib.topology.codec import ChunkKey, Encoded, Head, decode, encode, unpack
+
+__all__ = ["StoredCatalog"]
+
+_log = logging.getLogger("shardlib.catalog")
+_LOAD_TRIES: Final = 5
+_SWEEP_EVERY: Final = 16
+_CHUNK_S: Final = 0.02
+"""More time for each chunk to be moved, so that a large topology is not cut short by a limit meant for small
+reads.
+"""
+_LEASE_POLL_S: Final = 0.5
+
+
+class StoredCatalog:
+    """A `Catalog` over a `Store`.
+
+    Chunks are written before the head that refers to them, under keys of this attempt alone; a reader that
+    misses a chunk of an old head reads the head again. What no recent head refers to is deleted after a
+    publish; what a publisher left behind when it died is swept every few versions.
+    """
+
+    def __init__(self, store: Store, *, timeout_s: float = 3.0, poll_s: float = 10.0) -> None:
+        if not timeout_s > 0:
+            raise InvalidArgument("timeout_s", timeout_s, "seconds, above 0")
+        if not poll_s > 0:
+            raise InvalidArgument("poll_s", poll_s, "seconds, above 0")
+        self.safe_url = store.safe_url
+        self._store, self._timeout_s, self._poll_s = store, timeout_s, poll_s
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._last: tuple[Topology, Head] | None = None
+        self._watches: list[Watching] = []
+        self._leases: list[KeptLease] = []
+        self._callback = threading.local()
+
+    def load(self, known: Topology | None = None) -> Topology:
+        """The stored topology, in two reads at most; see `Catalog.load`.
+
+        Inside a callback of the watch, the head that the callback tells of is used and not read again.
+        """
+        deadline = Deadline(self._timeout_s)
+        record: Record | None = getattr(self._callback, "record", None)
+        missing: tuple[ChunkKey, int] | None = None
+        for _ in range(_LOAD_TRIES):
+            record = record or self._store.read_head(deadline)
+            if record is None:
+                raise InvalidTopology(
+                    f"the catalog {self.safe_url} holds no topology",
+                    "create the cluster first, or correct the URL",
+                )
+            head = unpack(record.data)
+            try:
+                return self._decode(head, known, deadline)
+            except KeyError as error:
+                if missing == (error.args[0], record.revision):
+                    break
+                missing, record = (error.args[0], record.revision), None
+        raise InvalidTopology(
+            f"the catalog {self.safe_url} lacks a chunk of its topology", "restore the catalog from a backup"
+        )
+
+    def _decode(self, head: Head, known: Topology | None, deadline: Deadline) -> Topology:
+        with self._lock:
+            last = self._last
+        if last is not None and _same(last[1], head) and (known is None or known is last[0]):
+            return last[0]
+        if known is None and last is not None:
+            known = last[0]
+        if known is not None and (known.version, known.nonce, known.cluster_id) == (
+            head.version,
+            head.nonce,
+            head.cluster_id,
+        ):
+            topology = known
+        else:
+            known_head = None
+            if known is not None:
+                known_head = last[1] if last is not None and last[0] is known else encode(known).head
+
+            def fetch(keys: set[ChunkKey]) -> Mapping[ChunkKey, bytes]:
+                return self._store.get_chunks(keys, Deadline(deadline.left() + _CHUNK_S * len(keys)))
+
+            topology = decode(head, fetch, known, known_head)
+        with self._lock:
+            self._last = topology, head
+        return topology
+
+    def version(self) -> int | None:
+        """Version of the stored topology, None for an empty catalog; see `Catalog.version`."""
+        record = self._store.read_head(Deadline(self._timeout_s))
+        return None if record is None else unpack(record.data).version
+
+    def publish(self, topology: Topology, *, expected: int | None, lease: Lease | None = None) -> None:
+        """Replace the topology in one compare-and-swap; see `Catalog.publish`.
+
+        Publishing the topology that is already stored, told by its nonce, succeeds: a caller that was told
+        CatalogUnavailable may call again with the same arguments.
+        """
+        _check(topology, expected)
+        if lease is not None and not isinstance(lease, KeptLease):
+            raise InvalidArgument(
+                "lease", type(lease).__name__, "a lease that this catalog's acquire() returned"
+            )
+        deadline = Deadline(self._timeout_s)
+        record = self._store.read_head(deadline)
+        head = None if record is None else unpack(record.data)
+        if head is not None and _is(head, topology):
+            return
+        found = None if head is None else head.version
+        if found != expected or (lease is not None and not lease.alive()):
+            raise Conflict(expected, found)
+        _check_cluster(head, topology)
+        encoded = encode(topology, head)
+        if encoded.chunks:
+            self._store.put_chunks(encoded.chunks, Deadline(deadline.left() + _CHUNK_S * len(encoded.chunks)))
+            deadline = Deadline(self._timeout_s)
+        grant = None if lease is None else lease.grant
+        try:
+            # Part of the time is kept back for reading what became of it.
+            swapped = self._store.swap_head(
+                encoded.data, record.revision if record else None, grant, Deadline(deadline.left() * 0.6)
+            )
+        except CatalogUnavailable as error:
+            self._settle(encoded, record, expected, deadline, error)
+        else:
+            if not swapped:
+                self._lost(encoded, expected, deadline)
+        with self._lock:
+            self._last = topology, encoded.head
+        self._clean(encoded)
+
+    def _settle(
+        self,
+        encoded: Encoded,
+        before: Record | None,
+        expected: int | None,
+        deadline: Deadline,
+        error: CatalogUnavailable,
+    ) -> None:
+        """Learn by reading what became of a swap whose answer did not come. Returns if it happened."""
+        wait_s = 0.02
+        while True:
+            try:
+                record = self._store.read_head(Deadline(min(deadline.left(), self._timeout_s / 4)))
+            except CatalogUnavailable:
+                record = before
+            if record is not None and (before is None or record.revision != before.revision):
+                head = unpack(record.data)
+                if head.nonce == encoded.head.nonce:
+                    return
+                self._drop_attempt(encoded)
+                raise Conflict(expected, head.version)
+            if deadline.left() <= wait_s:
+                raise CatalogUnavailable(
+                    self.safe_url,
+                    f"publishing version {encoded.head.version} was not answered ({error.reason})",
+                ) from error
+            threading.Event().wait(wait_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            wait_s = min(0.25, wait_s * 2)
+
+    def _lost(self, encoded: Encoded, expected: int | None, deadline: Deadline) -> None:
+        record = self._store.read_head(deadline)
+        head = None if record is None else unpack(record.data)
+        if head is not None and (head.version, head.nonce) == (encoded.head.version, encoded.head.nonce):
+            return
+        self._drop_attempt(encoded)
+        raise Conflict(expected, None if head is None else head.version)
+
+    def _drop_attempt(self, encoded: Encoded) -> None:
+        """Delete the chunks of an attempt that certainly failed; no other writer shares their keys."""
+        try:
+            self._store.drop_chunks(list(encoded.chunks), Deadline(self._timeout_s))
+        except CatalogUnavailable as error:
+            _log.info("chunks of a lost publish stay until the next sweep: %s", error.reason)
+
+    def _clean(self, encoded: Encoded) -> None:
+        """Delete what no recent head needs. A failure costs space only, until a later sweep."""
+        head = encoded.head
+        try:
+            drop = set(encoded.drop)
+            if head.attempts and head.version % _SWEEP_EVERY == 0:
+                stored = self._store.list_chunks(Deadline(self._timeout_s))
+                # An attempt for a version that is already taken can never succeed.
+                old = {key for key in stored if int.from_bytes(key.attempt[:8], "big") <= head.version}
+                drop |= old - head.live()
+            if drop:
+                self._store.drop_chunks(drop, Deadline(self._timeout_s + _CHUNK_S * len(drop)))
+        except CatalogUnavailable as error:
+            _log.info("old chunks stay until the next sweep: %s", error.reason)
+
+    def watch(self, on_change: Callable[[int], None], on_alive: Callable[[bool], None]) -> Watch:
+        """Follow the topology's versions from threads of its own; see `Catalog.watch`."""
+
+        def on_record(record: Record) -> None:
+            version = unpack(record.data).version
+            self._callback.record = record
+            try:
+                on_change(version)
+            finally:
+                self._callback.record = None
+
+        watching = Watching(self._store, on_record, on_alive, poll_s=self._poll_s, timeout_s=self._timeout_s)
+        with self._lock:
+            self._watches.append(watching)
+        return watching
+
+    def acquire(self, name: str, *, ttl_s: float, holder: str, wait_s: float = 0.0) -> Lease | None:
+        """Take a lease and keep it alive; see `Catalog.acquire`."""
+        if not name or len(name) > 200:
+            raise InvalidArgument("name", name, "1 to 200 characters")
+        if not 0.5 <= ttl_s <= 3600:
+            raise InvalidArgument("ttl_s", ttl_s, "0.5 to 3600 seconds")
+        until = Deadline(wait_s)
+        while True:
+            grant = self._store.grant(name, ttl_s, holder, Deadline(self._timeout_s))
+            if grant is not None:
+                lease = KeptLease(self._store, grant, self._timeout_s)
+                with self._lock:
+                    self._leases = [other for other in self._leases if other.alive()] + [lease]
+                return lease
+            if until.passed():
+                return None
+            step_s = min(_LEASE_POLL_S, ttl_s / 4) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+            threading.Event().wait(until.left(step_s))
+
+    def after_fork(self) -> None:
+        """In a forked child: the parent's connections, watches and leases are not ours."""
+        for lease in self._leases:
+            lease.forget()
+        self._reset()
+        self._store.after_fork()
+
+    def close(self) -> None:
+        """Stop the watches, give the leases up, close the connections; idempotent."""
+        with self._lock:
+            watches, self._watches = self._watches, []
+            leases, self._leases = self._leases, []
+        for watching in watches:
+            watching.close()
+        for lease in leases:
+            lease.release()
+        self._store.close()
+
+
+def _check(topology: Topology, expected: int | None) -> None:
+    if topology.version <= (expected or 0):
+        raise InvalidArgument("topology.version", topology.version, f"above the expected version {expected}")
+    if not topology.nonce:
+        raise InvalidArgument("topology.nonce", topology.nonce, "a text that no other topology has")
+
+
+def _check_cluster(head: Head | None, topology: Topology) -> None:
+    if head is None:
+        return
+    stored, new = (head.cluster_id, head.hash_function), (topology.cluster_id, topology.hash_function)
+    if stored != new:
+        raise InvalidTopology(
+            f"the catalog holds cluster {stored[0]!r} ({stored[1]}), the topology to publish is of {new[0]!r} ({new[1]})",
+            "a cluster keeps its id and its hash function for life",
+        )
+
+
+def _is(head: Head, topology: Topology) -> bool:
+    return (head.version, head.nonce) == (topology.version, topology.nonce)
+
+
+def _same(one: Head, other: Head) -> bool:
+    return (one.version, one.nonce, one.cluster_id) == (other.version, other.nonce, other.cluster_id)
