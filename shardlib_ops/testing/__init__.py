@@ -1,0 +1,1 @@
+"""The pytest plugin for applications that use shardlib."""
