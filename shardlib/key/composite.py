@@ -1,8 +1,8 @@
 """Several parts become one key, so that no two different tuples collide.
 
-The rule, for any language: take the UTF-8 of PostgreSQL's text output of each part and put one zero byte between
-them. PostgreSQL's text never contains a zero byte, so the parts can be read back, and a key of one part is the part
-itself: `("acme", 42)` is `61636d65 00 3432`, `("acme",)` and `"acme"` are both `61636d65`.
+The rule, for any language: take the UTF-8 of PostgreSQL's text output of each part and put one zero byte
+between them. PostgreSQL's text never contains a zero byte, so the parts can be read back, and a key of one
+part is the part itself: `("acme", 42)` is `61636d65 00 3432`, `("acme",)` and `"acme"` are both `61636d65`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def copy_key(fields: Sequence[bytes]) -> bytes:
     for field in fields:
         if field == rb"\N":
             raise InvalidShardKey(None, "a key column of the row is NULL")
-    return SEPARATOR.join([field if b"\\" not in field else _ESCAPE.sub(_unescaped, field) for field in fields])
+    return SEPARATOR.join(
+        [field if b"\\" not in field else _ESCAPE.sub(_unescaped, field) for field in fields]
+    )
 
 
 def _unescaped(found: re.Match[bytes]) -> bytes:

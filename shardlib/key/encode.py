@@ -1,7 +1,8 @@
 """A Python value becomes key bytes: the UTF-8 of PostgreSQL's own text output of the value.
 
-The text is that of the type's output function, which is what COPY and the logical stream write, under the settings
-`DateStyle=ISO`, `TimeZone=UTC`, `bytea_output=hex`. So a key read from either hashes with no conversion.
+The text is that of the type's output function, which is what COPY and the logical stream write, under the
+settings `DateStyle=ISO`, `TimeZone=UTC`, `bytea_output=hex`. So a key read from either hashes with no
+conversion.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ def encode_key(value: object) -> bytes:
     date                date                          `2024-05-06`
     datetime, naive     timestamp                     `2024-05-06 07:08:09.5`
     datetime, aware     timestamptz                   the same in UTC, with `+00`
-    Decimal             numeric(p, s)                 its digits with its own scale: give it the column's, `1.50`
-    Enum                enum, varchar                 its member's name, as SQLAlchemy stores it
-    tuple               several columns               its parts, a zero byte between them (see `join_parts`)
-    =================== ============================= ========================================================
+    Decimal             numeric(p, s)                 its digits at its own scale: give it the column's
+    `1.50` Enum                enum, varchar                 its member's name, as SQLAlchemy stores it tuple
+    several columns               its parts, a zero byte between them (see `join_parts`) ===================
+    ============================= ========================================================
 
-    A tuple of one element is that element. An Enum that is also a str or int is refused unless name and value give
-    the same bytes: a plain column holds its value and an Enum column its name, so pass the one that is meant. Where
-    the table is known, `KeySpec.encode` knows which, and also the scale of a numeric.
+    A tuple of one element is that element. An Enum that is also a str or int is refused unless name and value
+    give the same bytes: a plain column holds its value and an Enum column its name, so pass the one that is
+    meant. Where the table is known, `KeySpec.encode` knows which, and also the scale of a numeric.
 
     Raises:
         InvalidShardKey: None, float, NaN, a str with a zero character or a lone surrogate, or any other type.
@@ -56,7 +57,9 @@ def encode_text(value: str) -> bytes:
     try:
         return str.encode(value)
     except UnicodeEncodeError:
-        raise InvalidShardKey(value, "it holds a lone surrogate, which is no character and has no UTF-8") from None
+        raise InvalidShardKey(
+            value, "it holds a lone surrogate, which is no character and has no UTF-8"
+        ) from None
 
 
 def encode_int(value: int) -> bytes:
@@ -67,7 +70,7 @@ def encode_int(value: int) -> bytes:
         raise InvalidShardKey("a very large int", "it has thousands of digits") from None
 
 
-def encode_bool(value: bool) -> bytes:  # noqa: FBT001
+def encode_bool(value: bool) -> bytes:
     """The output of PostgreSQL's boolean."""
     return b"t" if value else b"f"
 
@@ -108,7 +111,7 @@ def encode_decimal(value: Decimal) -> bytes:
     """Digits without an exponent, at the value's own scale; PostgreSQL's numeric has no negative zero."""
     if not value.is_finite():
         raise InvalidShardKey(value, "it is not a number that equals itself in every program")
-    return format(abs(value) if not value else value, "f").encode()
+    return format(value or abs(value), "f").encode()
 
 
 def encode_enum(value: Enum) -> bytes:
@@ -132,7 +135,9 @@ def encode_tuple(value: tuple[object, ...]) -> bytes:
 
 
 def _by_base(value: object) -> bytes:
-    """Subclasses, which are rare enough to be looked up in turn; a type stands before the one it derives from."""
+    """Subclasses, which are rare enough to be looked up in turn; a type stands before the one it derives
+    from.
+    """
     for base, encoder in _BASES:
         if isinstance(value, base):
             return encoder(value)

@@ -1,8 +1,10 @@
-"""Place virtual nodes: a first ring, one shard more, one shard less; balanced, and moving no more than must be.
+"""Place virtual nodes: a first ring, one shard more, one shard less; balanced, and moving no more than must
+be.
 
-The tokens of a first ring are evenly spaced and their owners in a pseudo-random order, so each shard owns its exact
-share of the token space (its part of all virtual nodes) while its neighbours are all the others. Adding and removing
-change an existing ring; it is kept in the catalog, so nothing has to be computable from the shards' names alone.
+The tokens of a first ring are evenly spaced and their owners in a pseudo-random order, so each shard owns its
+exact share of the token space (its part of all virtual nodes) while its neighbours are all the others. Adding
+and removing change an existing ring; it is kept in the catalog, so nothing has to be computable from the
+shards' names alone.
 """
 
 from __future__ import annotations
@@ -57,10 +59,10 @@ def build_ring(weights: Mapping[str, int]) -> Ring:
 def add_shard(ring: Ring, shard_id: str, vnode_count: int) -> Ring:
     """The ring with one shard more, which takes exactly its weight's share; nothing else changes owner.
 
-    Virtual node by virtual node, the new shard takes a piece of the largest range of whichever shard owns the most
-    for its weight just then, so the others stay, or become, as even as they can by giving. That range is never
-    smaller than a piece: the greatest share for a virtual node is at least the mean of what is left to the others,
-    which is at least the mean of the grown ring, and that is the size of a piece.
+    Virtual node by virtual node, the new shard takes a piece of the largest range of whichever shard owns the
+    most for its weight just then, so the others stay, or become, as even as they can by giving. That range is
+    never smaller than a piece: the greatest share for a virtual node is at least the mean of what is left to
+    the others, which is at least the mean of the grown ring, and that is the size of a piece.
 
     Args:
         ring: any ring; may be empty.
@@ -74,7 +76,9 @@ def add_shard(ring: Ring, shard_id: str, vnode_count: int) -> Ring:
     _checked_id(shard_id)
     _checked_count(vnode_count)
     if shard_id in ring.shard_ids:
-        raise InvalidTopology(f"shard {shard_id!r} is on the ring already", "add a shard that owns nothing yet")
+        raise InvalidTopology(
+            f"shard {shard_id!r} is on the ring already", "add a shard that owns nothing yet"
+        )
     if not len(ring):
         return build_ring({shard_id: vnode_count})
     share = TOKEN_COUNT * vnode_count // (len(ring) + vnode_count)
@@ -82,15 +86,19 @@ def add_shard(ring: Ring, shard_id: str, vnode_count: int) -> Ring:
     cuts = _cuts(ring, pieces)
     newcomer = len(ring.shard_ids)
     nodes = sorted([*zip(ring.tokens, ring.owners, strict=True), *((token, newcomer) for token in cuts)])
-    return Ring(*zip(*nodes, strict=True), (*ring.shard_ids, shard_id))
+    return _ring(nodes, (*ring.shard_ids, shard_id))
 
 
 def _cuts(ring: Ring, pieces: list[int]) -> list[int]:
-    """The tokens of a newcomer's virtual nodes, each of which cuts a piece from the front of another's range."""
+    """The tokens of a newcomer's virtual nodes, each of which cuts a piece from the front of another's
+    range.
+    """
     sizes = ring.sizes()
     weights = list(ring.weights().values())
     shares = list(ring.shares().values())
-    richest = [(-share / weight, owner) for owner, (share, weight) in enumerate(zip(shares, weights, strict=True))]
+    richest = [
+        (-share / weight, owner) for owner, (share, weight) in enumerate(zip(shares, weights, strict=True))
+    ]
     heapify(richest)
     given: dict[int, list[int]] = {}
     for piece in pieces:
@@ -119,10 +127,11 @@ def _cuts(ring: Ring, pieces: list[int]) -> list[int]:
 def remove_shard(ring: Ring, shard_id: str) -> Ring:
     """The ring without a shard; only what it owned changes owner.
 
-    Each of its ranges lies between two virtual nodes of others. The one before may be pushed forward into the range,
-    the one after owns the rest, so every range can be shared at any point and no virtual node is added: the weights
-    stay what they are. The points are chosen so that the shares end as even as these neighbours allow, by setting
-    one after the other to the best for its two neighbours until none moves (a convex problem, so that converges).
+    Each of its ranges lies between two virtual nodes of others. The one before may be pushed forward into the
+    range, the one after owns the rest, so every range can be shared at any point and no virtual node is
+    added: the weights stay what they are. The points are chosen so that the shares end as even as these
+    neighbours allow, by setting one after the other to the best for its two neighbours until none moves (a
+    convex problem, so that converges).
 
     Raises:
         InvalidTopology: the ring does not name the shard, or names no other.
@@ -136,13 +145,16 @@ def remove_shard(ring: Ring, shard_id: str) -> Ring:
     gone = ring.shard_ids.index(shard_id)
     gaps = _gaps(ring, gone)
     given = _even_out(ring, gaps)
-    pushed = {before: (ring.tokens[before] + part) & TOKEN_MAX for (before, _, _), part in zip(gaps, given, strict=True)}
+    pushed = {
+        before: (ring.tokens[before] + part) & TOKEN_MAX
+        for (before, _, _), part in zip(gaps, given, strict=True)
+    }
     nodes = sorted(
         (pushed.get(position, token), owner - (owner > gone))
         for position, (token, owner) in enumerate(zip(ring.tokens, ring.owners, strict=True))
         if owner != gone
     )
-    return Ring(*zip(*nodes, strict=True), (*ring.shard_ids[:gone], *ring.shard_ids[gone + 1 :]))
+    return _ring(nodes, (*ring.shard_ids[:gone], *ring.shard_ids[gone + 1 :]))
 
 
 def _gaps(ring: Ring, gone: int) -> list[tuple[int, int, int]]:
@@ -187,6 +199,10 @@ def _even_out(ring: Ring, gaps: list[tuple[int, int, int]]) -> list[int]:
     return parts
 
 
+def _ring(nodes: list[tuple[int, int]], shard_ids: tuple[str, ...]) -> Ring:
+    return Ring([token for token, _ in nodes], [owner for _, owner in nodes], shard_ids)
+
+
 def _checked_id(shard_id: str) -> str:
     if not isinstance(shard_id, str) or not shard_id:
         raise InvalidArgument("shard_id", shard_id, "a string that is not empty")
@@ -194,6 +210,10 @@ def _checked_id(shard_id: str) -> str:
 
 
 def _checked_count(vnode_count: int) -> int:
-    if not isinstance(vnode_count, int) or isinstance(vnode_count, bool) or not 1 <= vnode_count <= VNODES_MAX:
+    if (
+        not isinstance(vnode_count, int)
+        or isinstance(vnode_count, bool)
+        or not 1 <= vnode_count <= VNODES_MAX
+    ):
         raise InvalidArgument("vnode_count", vnode_count, f"a whole number, 1 to {VNODES_MAX}")
     return vnode_count

@@ -30,14 +30,17 @@ def diff(old: Ring, new: Ring) -> tuple[RangeMove, ...]:
     Applied to `old`, they give the owners of `new`, token by token; equal owners give no move.
 
     Raises:
-        InvalidTopology: one ring is empty and the other is not, so that tokens would come from or go to nobody.
+        InvalidTopology: one ring is empty and the other is not, so that tokens would come from or go to
+        nobody.
 
     Cost: one pass over both rings, stretches without a change by blocks.
     """
     if not len(old) or not len(new):
         if len(old) == len(new):
             return ()
-        raise InvalidTopology("an empty ring has no owners to move from or to", "compare rings that have shards")
+        raise InvalidTopology(
+            "an empty ring has no owners to move from or to", "compare rings that have shards"
+        )
     moves: list[RangeMove] = []
     i = j = start = 0
     while start <= TOKEN_MAX:
@@ -64,7 +67,9 @@ def diff(old: Ring, new: Ring) -> tuple[RangeMove, ...]:
 
 
 def _same(old: Ring, new: Ring, i: int, j: int) -> int:
-    """How many virtual nodes from here on can be skipped because a whole block of them is alike in both rings."""
+    """How many virtual nodes from here on can be skipped because a whole block of them is alike in both
+    rings.
+    """
     if old.tokens[i : i + 1] != new.tokens[j : j + 1]:
         return 0
     tokens = old.tokens[i : i + _BLOCK]
@@ -82,8 +87,8 @@ def _same(old: Ring, new: Ring, i: int, j: int) -> int:
 def reassign(ring: Ring, ranges: Iterable[TokenRange], target: str) -> Ring:
     """The ring in which a shard owns exactly these ranges besides what it owns already.
 
-    Virtual nodes inside the ranges get the new owner, so weight goes with them. A virtual node is added only where
-    a range ends between two of them. A shard left with nothing is no longer named by the ring.
+    Virtual nodes inside the ranges get the new owner, so weight goes with them. A virtual node is added only
+    where a range ends between two of them. A shard left with nothing is no longer named by the ring.
 
     Args:
         ring: a ring that is not empty.

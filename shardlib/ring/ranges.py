@@ -41,7 +41,7 @@ class TokenRange(_Bounds):
 
     __slots__ = ()
 
-    def __new__(cls, first: int, last: int) -> Self:
+    def __new__(cls, first: int, last: int) -> Self:  # noqa: D102 - the class's docstring says it
         if not (isinstance(first, int) and isinstance(last, int) and 0 <= first <= last <= TOKEN_MAX):
             raise InvalidArgument(
                 "range", (first, last), "0 <= first <= last < 2**64; write a range that wraps round as two"
@@ -59,7 +59,9 @@ class TokenRange(_Bounds):
 
 
 def merge_ranges(ranges: Iterable[TokenRange]) -> tuple[TokenRange, ...]:
-    """The same tokens as sorted ranges that neither overlap nor touch: the one normal form of a set of tokens."""
+    """The same tokens as sorted ranges that neither overlap nor touch: the one normal form of a set of
+    tokens.
+    """
     merged: list[TokenRange] = []
     for first, last in sorted(ranges):
         if merged and first <= merged[-1].last + 1:

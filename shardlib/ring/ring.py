@@ -25,8 +25,8 @@ _SLOTS_MAX = 4
 class Ring:
     """Who owns each token. Immutable, and safe to share between threads and processes.
 
-    A token belongs to the first virtual node at or after it; past the last one, to the first (the ring wraps). A
-    shard's weight is the number of its virtual nodes.
+    A token belongs to the first virtual node at or after it; past the last one, to the first (the ring
+    wraps). A shard's weight is the number of its virtual nodes.
 
     Args:
         tokens: the virtual nodes, strictly rising, each 0 <= token < 2**64.
@@ -36,10 +36,12 @@ class Ring:
     Raises:
         InvalidTopology: one of these does not hold.
 
-    Shape: tokens uint64[V]; owners uint16[V], or uint32[V] past 65,536 shards; at most 24 bytes for each virtual
-    node, the index included. A ring without virtual nodes is allowed (a cluster without shards) and owns nothing.
-    Source: Karger et al., "Consistent Hashing and Random Trees", STOC 1997; the index over the leading bits is a
-    lookup table as in Maglev (Eisenbud et al., NSDI 2016), refined by the exact tokens where a slot is shared.
+    Shape: tokens uint64[V]; owners uint16[V], or uint32[V] past 65,536 shards; at most 24 bytes for each
+    virtual node, the index included. A ring without virtual nodes is allowed (a cluster without shards) and
+    owns nothing.
+    Source: Karger et al., "Consistent Hashing and Random Trees", STOC 1997; the index over the
+    leading bits is a lookup table as in Maglev (Eisenbud et al., NSDI 2016), refined by the exact tokens
+    where a slot is shared.
     """
 
     __slots__ = ("__weakref__", "_index", "_shard_count", "_shift", "owners", "shard_ids", "tokens")
@@ -55,7 +57,9 @@ class Ring:
             self.tokens = array("Q", tokens)
             self.owners = array("H" if self._shard_count <= 1 << 16 else "I", owners)
         except (OverflowError, TypeError) as error:
-            raise InvalidTopology(f"the ring holds a value that is no token or owner: {error}", _DAMAGED) from None
+            raise InvalidTopology(
+                f"the ring holds a value that is no token or owner: {error}", _DAMAGED
+            ) from None
         listed = self.tokens.tolist()
         self._check(listed)
         self._index, self._shift = _index(listed, self.owners, self._shard_count)
@@ -81,7 +85,8 @@ class Ring:
             )
 
     def index_of(self, token: int) -> int:
-        """Return the index in `shard_ids` of the shard that owns a token: the hot path, without a check of `token`.
+        """Return the index in `shard_ids` of the shard that owns a token: the hot path, without a check of
+        `token`.
 
         Args:
             token: unsigned, 0 <= token < 2**64; a negative one gives a wrong answer, not an error.
@@ -115,7 +120,9 @@ class Ring:
 
     def _refuse(self, token: int) -> NoReturn:
         if not self.tokens:
-            raise InvalidTopology("the ring has no virtual node, so no shard owns anything", "create a shard first")
+            raise InvalidTopology(
+                "the ring has no virtual node, so no shard owns anything", "create a shard first"
+            )
         raise InvalidArgument("token", token, "0 <= token < 2**64")
 
     def owner_of(self, token: int) -> str:
@@ -148,7 +155,8 @@ class Ring:
         return self.owners[first : last + 1].count(owner) == max(0, last + 1 - first)
 
     def ranges_of(self, shard_id: str) -> tuple[TokenRange, ...]:
-        """The token ranges of a shard, sorted, merged where they touch. Empty for a shard that the ring does not name.
+        """The token ranges of a shard, sorted, merged where they touch. Empty for a shard that the ring does
+        not name.
 
         Cost: one pass over all virtual nodes.
         """
@@ -157,7 +165,9 @@ class Ring:
         owner = self.shard_ids.index(shard_id)
         tokens = self.tokens
         found = [
-            TokenRange(tokens[i - 1] + 1 if i else 0, tokens[i]) for i, o in enumerate(self.owners) if o == owner
+            TokenRange(tokens[i - 1] + 1 if i else 0, tokens[i])
+            for i, o in enumerate(self.owners)
+            if o == owner
         ]
         if self.owners[0] == owner and tokens[-1] < TOKEN_MAX:
             found.append(TokenRange(tokens[-1] + 1, TOKEN_MAX))
@@ -217,8 +227,9 @@ class Ring:
 def _index(tokens: list[int], owners: Sequence[int], shard_count: int) -> tuple[array[int], int]:
     """A table over the leading bits of a token: `table[token >> shift]`.
 
-    An entry below `shard_count` is the owner of the whole slot. Any other, less `shard_count`, is the position of
-    the first virtual node at or after the slot's start: the tokens of the slot have to be compared.
+    An entry below `shard_count` is the owner of the whole slot. Any other, less `shard_count`, is the
+    position of the first virtual node at or after the slot's start: the tokens of the slot have to be
+    compared.
 
     Everything is done by iterators written in C: a loop over millions of slots would take seconds.
     """
@@ -244,4 +255,4 @@ def _index(tokens: list[int], owners: Sequence[int], shard_count: int) -> tuple[
     return table, shift
 
 
-_DAMAGED = "tokens rise strictly and each has one owner; build rings by build_ring, add_shard, remove_shard, reassign"
+_DAMAGED = "make rings by build_ring, add_shard, remove_shard and reassign, and change none by hand"
