@@ -1,0 +1,99 @@
+"""One SQLAlchemy dialect for all shards of an engine, so that a statement is compiled once and used on
+each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg, PGDialectAsync_psycopg
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool.base import _AdhocProxiedConnection
+from sqlalchemy.sql.compiler import COLLECT_CARTESIAN_PRODUCTS
+
+from shardlib.errors import InvalidArgument
+
+__all__ = ["SharedDialect", "close_now"]
+
+
+def close_now(driver_connection: Any) -> None:
+    """Close a psycopg connection, blocking or asyncio, from any thread and without an event loop.
+
+    psycopg's asynchronous `close` awaits nothing: its first step is its last.
+    """
+    closing = driver_connection.close()
+    if closing is None:
+        return
+    try:
+        closing.send(None)
+    except StopIteration:
+        return
+    closing.close()
+    raise RuntimeError("psycopg's AsyncConnection.close() waits; this release of psycopg is not supported")
+
+
+class _BlockingDialect(PGDialect_psycopg):
+    supports_statement_cache = True
+
+
+class _AsyncioDialect(PGDialectAsync_psycopg):
+    """Closes at once: a cancelled task, or the garbage collector, cannot leave a connection half closed."""
+
+    supports_statement_cache = True
+    has_terminate = True
+
+    def do_close(self, dbapi_connection: Any) -> None:
+        close_now(dbapi_connection.driver_connection)
+
+    def do_terminate(self, dbapi_connection: Any) -> None:
+        close_now(dbapi_connection.driver_connection)
+
+
+class SharedDialect:
+    """The dialect object, and its setting up from the first server that answers.
+
+    HSTORE values travel as text: the type has another number in each database, and psycopg's adapters are
+    shared.
+    """
+
+    def __init__(self, is_async: bool, options: Mapping[str, Any]) -> None:
+        kind: Any = _AsyncioDialect if is_async else _BlockingDialect
+        arguments = {
+            "dbapi": kind.import_dbapi(),
+            "compiler_linting": COLLECT_CARTESIAN_PRODUCTS,
+            "use_native_hstore": False,
+            **options,
+        }
+        try:
+            self.dialect: Any = kind(**arguments)
+        except TypeError as error:
+            raise InvalidArgument("dialect_options", sorted(options), str(error)) from None
+        self._ready = False
+
+    @property
+    def adapters(self) -> Any:
+        """Psycopg's adapters as the dialect wants them: the `context` of each new connection."""
+        return self.dialect._psycopg_adapters_map  # noqa: SLF001 - what create_connect_args would pass
+
+    def set_up(self, engine: Engine, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        """Listener of the pool's connect event: read the server's settings once for all shards.
+
+        Connections opened at the same moment may each do it: what they write is the same.
+        """
+        if self._ready:
+            return
+        inner = Connection(
+            engine,
+            connection=_AdhocProxiedConnection(connection, record),
+            _has_events=False,
+            _allow_revalidate=False,
+            _allow_autobegin=False,
+        )
+        dialect: Dialect = self.dialect
+        dialect.initialize(inner)
+        if not inner.invalidated and not inner.closed:
+            dialect.do_rollback(inner.connection)
+        self._ready = True

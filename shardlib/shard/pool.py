@@ -1,0 +1,354 @@
+"""The connection pool of one endpoint: SQLAlchemy's Pool, with our accounts and one logic for threads and
+asyncio.
+"""
+
+from __future__ import annotations
+
+import random
+import select
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import inf
+from time import monotonic
+from typing import Any, Final, cast
+
+import psycopg
+from psycopg.pq import ConnStatus, TransactionStatus
+from sqlalchemy import exc
+from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
+from sqlalchemy.pool.base import _ConnectionRecord
+
+from shardlib.dsn import Dsn
+from shardlib.errors import PoolTimeout, ShardUnavailable
+from shardlib.shard.breaker import Breaker
+from shardlib.shard.budget import ConnectionBudget, Member, Ticket
+from shardlib.shard.connect import conninfo_of, explain, jittered_lifetime_s
+from shardlib.shard.dialect import SharedDialect
+from shardlib.shard.options import PoolOptions, Role
+from shardlib.shard.probe import dead, poller_of, sever
+from shardlib.waits import Waits, forget_after_fork
+
+__all__ = ["PoolContext", "PoolStats", "ShardPool"]
+
+_OK: Final = int(ConnStatus.OK)
+_IDLE: Final = int(TransactionStatus.IDLE)
+_PEEK_AFTER_S: Final = 0.01
+"""A connection that came back less long ago is used without a look at its socket."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolContext:
+    """What all pools of one engine share."""
+
+    waits: Waits
+    options: PoolOptions
+    budget: ConnectionBudget
+    dialect: SharedDialect
+    connection_class: Any
+    """`psycopg.Connection` or `psycopg.AsyncConnection`, or a subclass."""
+    on_connect: Callable[[Any, str], None]
+    """Called with each new driver connection and the shard's id, before anybody else uses it."""
+    random: random.Random = field(default_factory=random.Random)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """One pool at one moment. `size` = `idle` + `in_use` + `connecting`."""
+
+    shard: str
+    name: str
+    role: str
+    size: int
+    idle: int
+    in_use: int
+    connecting: int
+    waiting: int
+    breaker: str
+
+
+class PoolEntry(_ConnectionRecord):
+    """SQLAlchemy's record of a pooled connection, with what our accounts need to know of it."""
+
+    __slots__ = (
+        "counted", "dsn", "epoch", "expires_at", "idle_since", "in_pool", "owner", "pgconn", "poller",
+    )  # fmt: skip
+
+    owner: object
+    idle_since: float
+    expires_at: float
+    epoch: int
+    counted: bool
+    dsn: Dsn
+    pgconn: Any
+    poller: select.poll
+
+
+class ShardPool(Pool):
+    """Connections to one endpoint of a shard: the last one returned is the first one used.
+
+    Waiting, limits and fairness are `ConnectionBudget`'s. This class does the I/O: it opens connections
+    through the breaker, checks those that were idle, and closes.
+
+    Args:
+        context: what all pools of the engine share.
+        shard: the shard's id.
+        role: which of its endpoints.
+        name: what errors call the shard.
+        dsn: the endpoint at this moment.
+        endpoint: gives the DSN by the latest topology; asked for every new connection.
+        dispatch: event listeners of the pool that this one replaces.
+    """
+
+    def __init__(
+        self,
+        context: PoolContext,
+        shard: str,
+        role: Role,
+        endpoint: Callable[[], Dsn],
+        name: str,
+        dsn: Dsn,
+        dispatch: Any = None,
+    ) -> None:
+        self.context, self.shard, self.role, self.endpoint, self.name = context, shard, role, endpoint, name
+        options = context.options
+        super().__init__(cast("Any", self._connect), dialect=context.dialect.dialect, _dispatch=dispatch)
+        self.member = Member(
+            name,
+            idle_max=options.pool_size,
+            size_max=options.per_endpoint_max,
+            connects_max=options.connects_max,
+            breaker=self._new_breaker(),
+        )
+        self._budget = context.budget
+        self._owner = context.waits.owner
+        self._idle_s = options.idle_s
+        self._pre_ping_s = inf if options.pre_ping_idle_s is None else options.pre_ping_idle_s
+        self._check_s = min(self._idle_s, self._pre_ping_s)
+        self.tried = dsn
+        """The endpoint of the latest attempt."""
+        self._entries: weakref.WeakSet[PoolEntry] = weakref.WeakSet()
+        context.budget.join(self.member)
+        forget_after_fork(self)
+
+    def _new_breaker(self) -> Breaker:
+        options = self.context.options
+        return Breaker(options.breaker_failures, options.breaker_wait_s_first, options.breaker_wait_s_max)
+
+    # -------------------------------------------------------------------------------------- SQLAlchemy's Pool
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        budget, member, owner = self._budget, self.member, self._owner()
+        while True:
+            entry: Any = None
+            lock = budget.lock
+            lock.acquire()
+            try:
+                if stack := member.idle.get(owner):
+                    entry = stack.pop()
+                    member.idle_count -= 1
+            finally:
+                lock.release()
+            if budget.returned:
+                budget.drain()
+            if entry is None:
+                entry = self._obtain(owner)
+                if entry is None:
+                    return self._open()
+            if self._usable(entry):
+                return entry  # type: ignore[no-any-return]
+            self._drop(entry)
+
+    def _obtain(self, owner: object) -> Any:
+        """An entry, or None for a permit to open one; waits in the queue where it must."""
+        budget, waits, timeout_s = self._budget, self.context.waits, self.context.options.pool_timeout_s
+        taken = budget.take(self.member, owner, waits.waiter)
+        if not isinstance(taken, Ticket):
+            return taken
+        try:
+            if not taken.waiter.wait(timeout_s) and not budget.leave(self.member, taken):
+                raise PoolTimeout(self.name, timeout_s, self._detail())
+        except PoolTimeout:
+            raise
+        except BaseException:
+            budget.abandon(self.member, taken)
+            raise
+        if taken.error is not None:
+            raise taken.error
+        return taken.entry
+
+    def _open(self) -> PoolEntry:
+        """Use a permit: open a connection, or give the permit back."""
+        try:
+            entry = PoolEntry(self)
+        except BaseException as error:
+            self._budget.not_connected(self.member)
+            if isinstance(error, psycopg.OperationalError | exc.OperationalError | exc.InterfaceError):
+                # lost while it was being set up: a failed connection attempt like any other
+                reason, _ = explain(error, self.tried, "")
+                raise ShardUnavailable(self.name, reason) from None
+            raise
+        self._budget.connected(self.member)
+        return entry
+
+    def _usable(self, entry: PoolEntry) -> bool:
+        """Whether a connection that lay idle can be used, without a round trip unless asked for."""
+        now = monotonic()
+        idle_s = now - entry.idle_since
+        if idle_s > _PEEK_AFTER_S:
+            if entry.pgconn.status != _OK or (entry.poller.poll(0) and dead(entry.pgconn)):
+                return False
+            if idle_s > self._check_s:
+                return idle_s < self._idle_s and entry.expires_at > now and self._ping(entry)
+        return entry.expires_at > now
+
+    def _ping(self, entry: PoolEntry) -> bool:
+        try:
+            connection: Any = entry.dbapi_connection
+            self.context.dialect.dialect.do_ping(connection)
+            connection.rollback()
+        except psycopg.Error:
+            return False
+        except BaseException:
+            self._drop(entry)
+            raise
+        return True
+
+    def _drop(self, entry: PoolEntry) -> None:
+        """Close a connection that was taken out, and free its permit."""
+        try:
+            entry.close()
+        finally:
+            self._budget.gone(self.member)
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        entry: Any = record
+        entry.idle_since = now = monotonic()
+        keep = (
+            entry.dbapi_connection is not None
+            and entry.pgconn.transaction_status == _IDLE  # UNKNOWN of a closed one
+            and entry.expires_at > now
+            and entry.starttime > self._invalidate_time
+            and entry.starttime > entry._soft_invalidate_time  # noqa: SLF001 - the record is of our class
+        )
+        self._budget.give_back(self.member, entry, keep)
+
+    def _invalidate(
+        self, connection: PoolProxiedConnection, exception: BaseException | None = None, _checkin: bool = True
+    ) -> None:
+        """A server that broke one connection has broken those that lie idle: they are closed now."""
+        super()._invalidate(connection, exception, _checkin)
+        invalid_before = self._invalidate_time
+        self._budget.close_idle((self.member,), lambda e: cast("PoolEntry", e).starttime < invalid_before)
+
+    def dispose(self) -> None:
+        """Close idle connections now and those in use when they come back."""
+        self._budget.outdate(self.member)
+
+    def recreate(self) -> ShardPool:
+        """A new pool for the same endpoint, with the same listeners."""
+        return type(self)(
+            self.context, self.shard, self.role, self.endpoint, self.name, self.tried, self.dispatch
+        )
+
+    def status(self) -> str:
+        """One line for people."""
+        return f"{self.name} {self.role}: {self._detail()}"
+
+    def stats(self) -> PoolStats:
+        """The figures of this moment."""
+        member = self.member
+        with self._budget.lock:
+            return PoolStats(
+                self.shard, self.name, self.role, member.size, member.idle_count, member.in_use,
+                member.connecting, len(member.waiting), member.breaker.state.value,
+            )  # fmt: skip
+
+    def _detail(self) -> str:
+        now, budget = self.stats(), self._budget
+        return (
+            f"{now.in_use} in use, {now.idle} idle, {now.connecting} opening of {self.member.size_max}; "
+            f"{budget.open} of {budget.limit} in this process; {now.waiting} waiting"
+        )
+
+    @property
+    def cold(self) -> bool:
+        """Whether the next checkout here has to open a connection, and may."""
+        member = self.member
+        with self._budget.lock:
+            return not member.idle.get(self._owner()) and member.size < member.size_max
+
+    # --------------------------------------------------------------------------------------- physical
+    # connections
+
+    def _connect(self, connection_record: ConnectionPoolEntry) -> Any:
+        """SQLAlchemy's creator: one attempt through the breaker."""
+        entry = cast("PoolEntry", connection_record)
+        member, context = self.member, self.context
+        dsn = self._latest()
+        conninfo = conninfo_of(dsn, context.options)
+        self._budget.begin_attempt(member)
+        jitter = context.random.uniform(0.5, 1.0)
+        try:
+            connection = self._dial(conninfo)
+        except Exception as error:
+            reason, down = explain(error, dsn, conninfo)
+            self._budget.end_attempt(member, reason if down else None, jitter)
+            if isinstance(error, psycopg.Error | OSError):
+                raise ShardUnavailable(self.name, reason) from None
+            raise
+        except BaseException:
+            self._budget.give_up_attempt(member)
+            raise
+        self._budget.end_attempt(member, None, jitter)
+        driver = self._dialect.get_driver_connection(connection)
+        try:
+            self._adopt(entry, driver, dsn, jitter)
+            context.on_connect(driver, self.shard)
+        except BaseException:
+            self._close_connection(connection, terminate=True)
+            raise
+        return connection
+
+    def _latest(self) -> Dsn:
+        """The endpoint by the latest topology; a new one has no failures yet."""
+        dsn = self.endpoint()
+        if dsn != self.tried:
+            with self._budget.lock:
+                self.member.breaker = self._new_breaker()
+        self.tried = dsn
+        return dsn
+
+    def _dial(self, conninfo: str) -> Any:
+        context = self.context
+        threshold = None if context.options.pgbouncer else context.options.prepare_threshold
+        arguments = {"context": context.dialect.adapters, "prepare_threshold": threshold}
+        if not context.waits.is_async:
+            return context.connection_class.connect(conninfo, **arguments)
+        return context.dialect.dialect.connect(
+            conninfo, async_creator_fn=context.connection_class.connect, **arguments
+        )
+
+    def _adopt(self, entry: PoolEntry, driver: Any, dsn: Dsn, jitter: float) -> None:
+        entry.owner = self._owner()
+        entry.pgconn = driver.pgconn
+        entry.poller = poller_of(driver.pgconn)
+        entry.idle_since = now = monotonic()
+        entry.expires_at = now + jittered_lifetime_s(self.context.options.max_lifetime_s, jitter)
+        entry.epoch = self.member.epoch
+        entry.counted = True
+        entry.dsn = dsn
+        self._entries.add(entry)
+
+    def moved(self) -> bool:
+        """Whether the topology now names another endpoint than the one connected to last."""
+        return self.endpoint() != self.tried
+
+    def after_fork_in_child(self) -> None:
+        """The connections are the parent's."""
+        for entry in list(self._entries):
+            entry.counted = False
+            entry.epoch = -1
+            if entry.dbapi_connection is not None:
+                sever(entry.pgconn)
+        self._entries = weakref.WeakSet()
