@@ -21,7 +21,7 @@ from shardlib.route.retry import next_wait
 from shardlib.session.aio import AsyncShardedSession
 from shardlib.session.twophase import Settled
 from shardlib.topology import Shard, Topology
-from shardlib.waits import asleep
+
 
 __all__ = ["AsyncShardedEngine"]
 
@@ -110,7 +110,7 @@ class AsyncShardedEngine:
                 wait_s = next_wait(error, attempt, policy, random.uniform(0.5, 1.0))  # noqa: S311
                 if wait_s is None:
                     raise
-                await asleep(wait_s)
+                await asyncio.sleep(wait_s)  # the one wait outside waits.py: it is the caller's own coroutine
 
     async def refresh(self) -> Topology:
         """See `ShardedEngine.refresh`."""

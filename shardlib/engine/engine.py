@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import random
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -177,11 +176,11 @@ class ShardedEngine:
         return self._cache.current.place(self._token(encode_key(shard_key))).shard
 
     def _topology_changed(self, topology: Topology) -> None:
-        kept = {shard.id: shard for shard in topology.shards}
-        for shard_id, dsn in list(self._core.pools.endpoints().items()):
-            shard = kept.get(shard_id)
-            if shard is None or shard.primary != dsn:
+        kept = {shard.id for shard in topology.shards}
+        for shard_id in self._core.pools.endpoints():
+            if shard_id not in kept:
                 self._core.pools.drop(shard_id)
+        self._core.pools.follow()
 
     def _endpoint_of(self, shard_id: str, role: str) -> Dsn:
         del role  # reads go to the primary, which satisfies every consistency level

@@ -127,5 +127,7 @@ def records(metadata: MetaData) -> list[Table]:
     found = []
     for table in metadata.sorted_tables:
         spec = describe(table)
-        found.append(Table(name=table.name, key=spec.key_names, schema=table.schema))
+        # SQLAlchemy's quoted_name is a str that only it can encode.
+        schema = None if table.schema is None else str(table.schema)
+        found.append(Table(name=str(table.name), key=tuple(map(str, spec.key_names)), schema=schema))
     return found

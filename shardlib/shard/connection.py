@@ -29,6 +29,12 @@ class ShardConnection(Connection):
     """Set while one statement runs on several connections side by side."""
 
     @property
+    def shard_id(self) -> str:
+        """The id of the shard whose pool it came from, `s1`."""
+        shard_id: str = self.engine.shard_id  # type: ignore[attr-defined]
+        return shard_id
+
+    @property
     def driver(self) -> FencedConnection:
         """The psycopg connection underneath (its asyncio kind has the same fence)."""
         driver: FencedConnection = self.connection.driver_connection  # type: ignore[assignment]
