@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import logging
 import os
+import select
 import threading
 import time
 import weakref
@@ -90,6 +91,9 @@ class Waits(Protocol):
 
     def await_(self, awaitable: Awaitable[T]) -> T:
         """The result of an awaitable; only where `is_async`."""
+
+    def readable(self, descriptor: int, timeout_s: float) -> bool:
+        """Wait until a socket has something to read. False: it had not within `timeout_s` seconds."""
 
     def close(self) -> None:
         """Give back threads. `run_all` still works afterwards, one call after the other."""
@@ -319,6 +323,12 @@ class ThreadWaits:
         """Not here: there is no event loop to await in."""
         raise TypeError(f"{type(awaitable).__name__} cannot be awaited by a blocking engine")
 
+    def readable(self, descriptor: int, timeout_s: float) -> bool:
+        """See `Waits.readable`."""
+        poller = select.poll()
+        poller.register(descriptor, select.POLLIN)
+        return bool(poller.poll(max(timeout_s, 0.0) * 1000))
+
     def close(self) -> None:
         """See `Waits.close`. Does not wait for calls of other threads."""
         with self._lock:
@@ -474,6 +484,16 @@ class GreenletWaits:
         """See `Waits.await_`."""
         return await_only(awaitable)
 
+    def readable(self, descriptor: int, timeout_s: float) -> bool:
+        """See `Waits.readable`. Nobody else may wait for this descriptor in the same loop."""
+        waiter = _LoopWaiter()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(descriptor, waiter.wake)
+        try:
+            return waiter.wait(timeout_s)
+        finally:
+            loop.remove_reader(descriptor)
+
     def close(self) -> None:
         """See `Waits.close`: nothing is held."""
 
@@ -548,8 +568,7 @@ class _LoopEnd:
 
 
 class Ticker:
-    """A daemon thread that calls a method every `interval_s` seconds, until `stop` or the method's object is
-    gone.
+    """A daemon thread that calls a method every `interval_s` seconds, until `stop` or its object is gone.
 
     In a forked child it runs again from the next `start` on.
     """
@@ -560,33 +579,32 @@ class Ticker:
         self._interval_s, self._name = interval_s, name
         self._tick = weakref.WeakMethod(tick)
         self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self.running = False
+        self._stop: threading.Event | None = None
         forget_after_fork(self)
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started and not stopped."""
+        return self._stop is not None
 
     def start(self) -> None:
         """Start the thread unless it runs already."""
         with self._lock:
-            if self.running or self._stop.is_set():
-                return
-            self.running = True
-            threading.Thread(
-                target=_tick_until,
-                args=(self._stop, self._interval_s, self._tick),
-                name=self._name,
-                daemon=True,
-            ).start()
+            if self._stop is None:
+                stop = self._stop = threading.Event()
+                arguments = (stop, self._interval_s, self._tick)
+                threading.Thread(target=_tick_until, args=arguments, name=self._name, daemon=True).start()
 
     def stop(self) -> None:
         """End the thread soon; it is not waited for."""
-        self._stop.set()
+        with self._lock:
+            stop, self._stop = self._stop, None
+        if stop is not None:
+            stop.set()
 
     def after_fork_in_child(self) -> None:
         """The parent's thread is not here."""
-        stopped = self._stop.is_set()
-        self._lock, self._stop, self.running = threading.Lock(), threading.Event(), False
-        if stopped:
-            self._stop.set()
+        self._lock, self._stop = threading.Lock(), None
 
 
 def _tick_until(

@@ -22,7 +22,7 @@ from shardlib.errors import InvalidArgument, ShardlibError, ShardUnavailable
 from shardlib.shard.breaker import Breaker
 from shardlib.waits import Waiter, forget_after_fork
 
-__all__ = ["ConnectionBudget", "Entry", "Member", "Ticket"]
+__all__ = ["ConnectionBudget", "Entry", "Member", "Section", "Ticket"]
 
 log = logging.getLogger("shardlib.shard")
 
@@ -131,8 +131,12 @@ class Member:
         return min(bottoms, key=lambda entry: entry.idle_since, default=None)
 
 
-class _Section:
-    """The lock, and what to do once it is free."""
+class Section:
+    """`with Section(budget)`: the lock, and what to do once it is free.
+
+    Nothing else takes the lock and waits for it: a connection that comes back meanwhile is left to whoever
+    holds it.
+    """
 
     __slots__ = ("_budget", "close", "wake")
 
@@ -177,7 +181,7 @@ class ConnectionBudget:
 
     def join(self, member: Member) -> None:
         """Add a pool."""
-        with self.lock:
+        with Section(self):
             self._members.add(member)
 
     # ------------------------------------------------------------------------------------------- a checkout
@@ -188,7 +192,7 @@ class ConnectionBudget:
         Raises:
             ShardUnavailable: the breaker of the endpoint is open.
         """
-        with _Section(self) as section:
+        with Section(self) as section:
             now = self._clock()
             if stack := member.idle.get(owner):
                 member.idle_count -= 1
@@ -207,7 +211,7 @@ class ConnectionBudget:
         """The waiter's time is over. True: it has been served in that very moment and must use what it
         got.
         """
-        with _Section(self):
+        with Section(self):
             if ticket.served:
                 return True
             self._forget(member, ticket)
@@ -215,7 +219,7 @@ class ConnectionBudget:
 
     def abandon(self, member: Member, ticket: Ticket) -> None:
         """The waiter was cancelled: what it may have got goes to the next."""
-        with _Section(self) as section:
+        with Section(self) as section:
             if ticket.entry is not None:
                 self._take_back(member, ticket.entry, True, section)
             elif ticket.permit:
@@ -227,13 +231,13 @@ class ConnectionBudget:
 
     def connected(self, member: Member) -> None:
         """A permit has become an open connection, in use."""
-        with _Section(self) as section:
+        with Section(self) as section:
             member.connecting -= 1
             self._serve(section)
 
     def not_connected(self, member: Member) -> None:
         """A permit has not become a connection: it is free again."""
-        with _Section(self) as section:
+        with Section(self) as section:
             member.connecting -= 1
             self._release(member)
             self._serve(section)
@@ -255,14 +259,14 @@ class ConnectionBudget:
         try:
             stack = member.idle.get(entry.owner)
             if stack is None or not keep or self._queues or entry.epoch != member.epoch:
-                section = _Section(self)
+                section = Section(self)
                 self._take_back(member, entry, keep, section)
                 self._serve(section)
             elif member.idle_count < member.idle_max:  # what nearly every checkin comes to
                 stack.append(entry)
                 member.idle_count += 1
             else:
-                section = _Section(self)
+                section = Section(self)
                 self._close(member, entry, section)
                 self._serve(section)
         finally:
@@ -275,7 +279,7 @@ class ConnectionBudget:
     def drain(self) -> None:
         """Do what `give_back` had to leave."""
         while self.returned and self.lock.acquire(blocking=False):
-            section = _Section(self)
+            section = Section(self)
             try:
                 while self.returned:
                     member, entry, keep = self.returned.popleft()
@@ -287,7 +291,7 @@ class ConnectionBudget:
 
     def gone(self, member: Member) -> None:
         """A connection that was taken has been closed instead of used: its permit is free."""
-        with _Section(self) as section:
+        with Section(self) as section:
             self._release(member)
             self._serve(section)
 
@@ -299,7 +303,7 @@ class ConnectionBudget:
         Raises:
             ShardUnavailable: it is open, or another attempt probes.
         """
-        with self.lock:
+        with Section(self):
             now = self._clock()
             if not member.breaker.begin(now):
                 raise self._blocked(member, now)
@@ -309,7 +313,7 @@ class ConnectionBudget:
 
         When the breaker opens, those who wait for this endpoint get the error at once.
         """
-        with _Section(self) as section:
+        with Section(self) as section:
             now = self._clock()
             if down is None:
                 member.breaker.succeeded()
@@ -322,14 +326,14 @@ class ConnectionBudget:
 
     def give_up_attempt(self, member: Member) -> None:
         """The attempt was cancelled; the breaker learns nothing."""
-        with _Section(self) as section:
+        with Section(self) as section:
             member.breaker.given_up(self._clock())
             self._serve(section)
 
     def close_idle(self, members: Iterable[Member], wanted: Callable[[Entry], bool]) -> int:
         """Close the idle connections that are `wanted`. Returns how many."""
         closed = 0
-        with _Section(self) as section:
+        with Section(self) as section:
             for member in members:
                 taken = member.take_idle(wanted)
                 closed += len(taken)
@@ -343,7 +347,7 @@ class ConnectionBudget:
         """No connection opened so far is to be used again: idle ones close now, the others when they come
         back.
         """
-        with self.lock:
+        with Section(self):
             member.epoch += 1
         self.close_idle((member,), lambda entry: True)
 
@@ -361,13 +365,14 @@ class ConnectionBudget:
 
     def members(self) -> list[Member]:
         """The pools that exist."""
-        return list(self._members)
+        with Section(self):
+            return list(self._members)
 
     def after_fork_in_child(self) -> None:
         """The child starts with nothing open and nobody waiting."""
         self.lock = threading.Lock()
         self.returned, self._queues, self.open = deque(), {}, 0
-        for member in self.members():
+        for member in list(self._members):
             member.size = member.connecting = member.idle_count = 0
             member.idle, member.waiting = {}, OrderedDict()
             member.epoch += 1
@@ -376,7 +381,7 @@ class ConnectionBudget:
     # ------------------------------------------------------------------------------- decisions, under the
     # lock
 
-    def _permit(self, member: Member, now: float, section: _Section) -> bool:
+    def _permit(self, member: Member, now: float, section: Section) -> bool:
         """Take a permit for `member` if that is possible, at the cost of an idle connection where it must
         be.
         """
@@ -413,7 +418,7 @@ class ConnectionBudget:
                 found, since = member, entry.idle_since
         return found
 
-    def _serve(self, section: _Section) -> None:
+    def _serve(self, section: Section) -> None:
         """Give permits to waiters, the oldest first, as long as there are any."""
         while self._queues:
             now = self._clock()
@@ -427,7 +432,7 @@ class ConnectionBudget:
             else:
                 return
 
-    def _take_back(self, member: Member, entry: Entry, keep: bool, section: _Section) -> None:
+    def _take_back(self, member: Member, entry: Entry, keep: bool, section: Section) -> None:
         """Hand a returned connection to the next waiter, or keep it, or close it and free its permit."""
         keep = keep and entry.epoch == member.epoch and not self._owner_gone(entry.owner)
         if keep and self._queues:
@@ -444,7 +449,7 @@ class ConnectionBudget:
             return
         self._close(member, entry, section)
 
-    def _close(self, member: Member, entry: Entry, section: _Section) -> None:
+    def _close(self, member: Member, entry: Entry, section: Section) -> None:
         if entry.counted:
             self._release(member)
         section.close.append(entry)
@@ -493,14 +498,14 @@ class ConnectionBudget:
     # ------------------------------------------------------------------------------- actions, without the
     # lock
 
-    def settle(self, section: _Section) -> None:
+    def settle(self, section: Section) -> None:
         """Act on what was decided, then on what came back meanwhile."""
         if section.close or section.wake:
             self._act(section)
         if self.returned:
             self.drain()
 
-    def _act(self, section: _Section) -> None:
+    def _act(self, section: Section) -> None:
         for ticket in section.wake:
             ticket.waiter.wake()
         for entry in section.close:

@@ -10,7 +10,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from shardlib.dsn import Dsn, scrub
 from shardlib.shard.options import PoolOptions
 
-__all__ = ["conninfo_of", "explain", "jittered_lifetime_s"]
+__all__ = ["conninfo_of", "explain", "jittered_lifetime_s", "lost"]
 
 # What a server says while it starts, stops or recovers (57P03); libpq gives the text of a failed login, not
 # its code.
@@ -48,7 +48,7 @@ def conninfo_of(dsn: Dsn, options: PoolOptions) -> str:
     return make_conninfo("", **params)
 
 
-def explain(error: Exception, dsn: Dsn, conninfo: str) -> tuple[str, bool]:
+def explain(error: BaseException, dsn: Dsn, conninfo: str = "") -> tuple[str, bool]:
     """Why a connection failed, without secrets, and whether the endpoint did not answer at all.
 
     An endpoint that refuses a login or has no free slot is there: that opens no breaker.
@@ -60,6 +60,14 @@ def explain(error: Exception, dsn: Dsn, conninfo: str) -> tuple[str, bool]:
     if answered:
         return f"{dsn.safe()} refused the connection: {text}", False
     return f"{dsn.safe()} did not answer: {text}", True
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error means that the connection broke under a statement (also as SQLAlchemy wraps it)."""
+    error = getattr(error, "orig", None) or error
+    if not isinstance(error, psycopg.OperationalError):
+        return False
+    return error.sqlstate is None or error.sqlstate.startswith(("08", "57P"))
 
 
 def jittered_lifetime_s(max_lifetime_s: float, jitter: float) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from math import inf
+from typing import Any, cast
 
 from sqlalchemy import URL, event
 from sqlalchemy.engine import Engine
@@ -39,12 +40,19 @@ class ShardEngine(Engine):
         super().__init__(pool, dialect.dialect, url, echo=echo or None, query_cache_size=0)
         self._compiled_cache = compiled_cache
         self.shard_id, self.role = pool.shard, pool.role
+        self._shared = dialect
         its = dialect.dialect
         # What create_engine() would listen with, which makes its own dialect and so cannot be used here.
         for listener in (its.on_connect_url(url), its._builtin_onconnect()):  # noqa: SLF001
             if listener is not None:
                 event.listen(pool, "connect", _first_argument(listener))
-        event.listen(pool, "connect", lambda connection, record: dialect.set_up(self, connection, record))
+        event.listen(pool, "connect", self._set_up)
+
+    def _set_up(self, connection: Any, record: Any) -> None:
+        try:
+            self._shared.set_up(self, connection, record)
+        finally:
+            record.set_up_until = inf
 
     def connect(self) -> ShardConnection:
         """A connection to the shard, from the pool."""
@@ -63,7 +71,7 @@ class ShardOptionEngine(OptionEngineMixin, ShardEngine):
         Engine.update_execution_options(self, **opt)
 
 
-ShardEngine._option_cls = ShardOptionEngine  # noqa: SLF001 - as SQLAlchemy does for its own  # type: ignore[assignment]
+ShardEngine._option_cls = cast("Any", ShardOptionEngine)  # noqa: SLF001 - as SQLAlchemy does for its own
 
 
 def _first_argument(listener: Any) -> Any:

@@ -66,7 +66,7 @@ class ShardPools:
         )
         self._engines: dict[tuple[str, Role], ShardEngine] = {}
         self._lock = threading.Lock()
-        self._reaper = Ticker(min(max(options.idle_s / 4, 0.05), 5.0), self._reap, "shardlib-reaper")
+        self._reaper = Ticker(min(max(options.idle_s / 4, 0.05), 1.0), self._reap, "shardlib-reaper")
         forget_after_fork(self)
 
     def _connected(self, on_connect: Callable[[Any, str], None]) -> Callable[[Any, str], None]:
@@ -168,6 +168,8 @@ class ShardPools:
 
     def _reap(self) -> None:
         self.budget.reap(self.options.idle_s)
+        for engine in list(self._engines.values()):
+            _pool(engine).cut_hanging()
 
     def after_fork_in_child(self) -> None:
         """Another thread of the parent may have held the lock."""

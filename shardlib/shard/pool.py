@@ -15,18 +15,17 @@ from typing import Any, Final, cast
 
 import psycopg
 from psycopg.pq import ConnStatus, TransactionStatus
-from sqlalchemy import exc
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from shardlib.dsn import Dsn
 from shardlib.errors import PoolTimeout, ShardUnavailable
 from shardlib.shard.breaker import Breaker
-from shardlib.shard.budget import ConnectionBudget, Member, Ticket
-from shardlib.shard.connect import conninfo_of, explain, jittered_lifetime_s
+from shardlib.shard.budget import ConnectionBudget, Member, Section, Ticket
+from shardlib.shard.connect import conninfo_of, explain, jittered_lifetime_s, lost
 from shardlib.shard.dialect import SharedDialect
 from shardlib.shard.options import PoolOptions, Role
-from shardlib.shard.probe import dead, poller_of, sever
+from shardlib.shard.probe import answers, cut, dead, poller_of, sever
 from shardlib.waits import Waits, forget_after_fork
 
 __all__ = ["PoolContext", "PoolStats", "ShardPool"]
@@ -49,7 +48,7 @@ class PoolContext:
     """`psycopg.Connection` or `psycopg.AsyncConnection`, or a subclass."""
     on_connect: Callable[[Any, str], None]
     """Called with each new driver connection and the shard's id, before anybody else uses it."""
-    random: random.Random = field(default_factory=random.Random)
+    random: random.Random = field(default_factory=random.SystemRandom)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ class PoolEntry(_ConnectionRecord):
     """SQLAlchemy's record of a pooled connection, with what our accounts need to know of it."""
 
     __slots__ = (
-        "counted", "dsn", "epoch", "expires_at", "idle_since", "in_pool", "owner", "pgconn", "poller",
+        "counted", "dsn", "epoch", "expires_at", "idle_since", "owner", "pgconn", "poller", "set_up_until",
     )  # fmt: skip
 
     owner: object
@@ -82,6 +81,8 @@ class PoolEntry(_ConnectionRecord):
     dsn: Dsn
     pgconn: Any
     poller: select.poll
+    set_up_until: float
+    """Cut if it is not set up by then; infinity once it is."""
 
 
 class ShardPool(Pool):
@@ -183,10 +184,8 @@ class ShardPool(Pool):
             entry = PoolEntry(self)
         except BaseException as error:
             self._budget.not_connected(self.member)
-            if isinstance(error, psycopg.OperationalError | exc.OperationalError | exc.InterfaceError):
-                # lost while it was being set up: a failed connection attempt like any other
-                reason, _ = explain(error, self.tried, "")
-                raise ShardUnavailable(self.name, reason) from None
+            if lost(error):  # while it was being set up: a failed attempt like any other
+                raise ShardUnavailable(self.name, explain(error, self.tried)[0]) from None
             raise
         self._budget.connected(self.member)
         return entry
@@ -204,15 +203,10 @@ class ShardPool(Pool):
 
     def _ping(self, entry: PoolEntry) -> bool:
         try:
-            connection: Any = entry.dbapi_connection
-            self.context.dialect.dialect.do_ping(connection)
-            connection.rollback()
-        except psycopg.Error:
-            return False
+            return answers(entry.pgconn, self.context.waits, self.context.options.connect_timeout_s)
         except BaseException:
             self._drop(entry)
             raise
-        return True
 
     def _drop(self, entry: PoolEntry) -> None:
         """Close a connection that was taken out, and free its permit."""
@@ -258,7 +252,7 @@ class ShardPool(Pool):
     def stats(self) -> PoolStats:
         """The figures of this moment."""
         member = self.member
-        with self._budget.lock:
+        with Section(self._budget):
             return PoolStats(
                 self.shard, self.name, self.role, member.size, member.idle_count, member.in_use,
                 member.connecting, len(member.waiting), member.breaker.state.value,
@@ -275,7 +269,7 @@ class ShardPool(Pool):
     def cold(self) -> bool:
         """Whether the next checkout here has to open a connection, and may."""
         member = self.member
-        with self._budget.lock:
+        with Section(self._budget):
             return not member.idle.get(self._owner()) and member.size < member.size_max
 
     # --------------------------------------------------------------------------------------- physical
@@ -314,7 +308,7 @@ class ShardPool(Pool):
         """The endpoint by the latest topology; a new one has no failures yet."""
         dsn = self.endpoint()
         if dsn != self.tried:
-            with self._budget.lock:
+            with Section(self._budget):
                 self.member.breaker = self._new_breaker()
         self.tried = dsn
         return dsn
@@ -337,8 +331,20 @@ class ShardPool(Pool):
         entry.expires_at = now + jittered_lifetime_s(self.context.options.max_lifetime_s, jitter)
         entry.epoch = self.member.epoch
         entry.counted = True
+        entry.set_up_until = now + self.context.options.connect_timeout_s
         entry.dsn = dsn
-        self._entries.add(entry)
+        with Section(self._budget):
+            self._entries.add(entry)
+
+    def cut_hanging(self) -> None:
+        """Cut connections whose server took the login and then fell silent: whoever waits there gets an error."""
+        now = monotonic()
+        with Section(self._budget):
+            entries = list(self._entries)
+        for entry in entries:
+            if entry.set_up_until <= now:
+                entry.set_up_until = inf
+                cut(entry.pgconn)
 
     def moved(self) -> bool:
         """Whether the topology now names another endpoint than the one connected to last."""

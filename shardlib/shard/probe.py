@@ -1,15 +1,19 @@
-"""What a socket tells without a round trip, and how a forked child lets go of its parent's."""
+"""What a connection's socket tells, and how to end a connection from outside."""
 
 from __future__ import annotations
 
 import os
 import select
 import socket
+from time import monotonic
 from typing import Any, Final
 
-from psycopg import OperationalError
+from psycopg import Error, OperationalError
+from psycopg.pq import ExecStatus
 
-__all__ = ["dead", "poller_of", "sever"]
+from shardlib.waits import Waits
+
+__all__ = ["answers", "cut", "dead", "poller_of", "sever"]
 
 # Sent by a living server unasked: NoticeResponse, ParameterStatus, NotificationResponse. An ErrorResponse is
 # its end.
@@ -41,6 +45,39 @@ def dead(pgconn: Any) -> bool:
     finally:
         peeking.detach()
     return not first or first not in _HARMLESS
+
+
+def answers(pgconn: Any, waits: Waits, timeout_s: float) -> bool:
+    """Whether the server answers an empty query within `timeout_s`. Begins no transaction."""
+    deadline = monotonic() + timeout_s
+    try:
+        pgconn.send_query(b"")
+        if pgconn.flush():  # six bytes: a full send buffer means that nobody reads at the other end
+            return False
+        while pgconn.is_busy():
+            if not waits.readable(pgconn.socket, deadline - monotonic()):
+                return False
+            pgconn.consume_input()
+        answered = False
+        while (result := pgconn.get_result()) is not None:
+            answered = result.status == ExecStatus.EMPTY_QUERY
+        return answered
+    except Error:
+        return False
+
+
+def cut(pgconn: Any) -> None:
+    """End the conversation on a socket that somebody else may be waiting on, who gets an error at once."""
+    try:
+        its = socket.socket(fileno=pgconn.socket)
+    except (Error, OSError):  # closed meanwhile
+        return
+    try:
+        its.shutdown(socket.SHUT_RDWR)
+    except OSError:  # not connected any more
+        return
+    finally:
+        its.detach()
 
 
 def sever(pgconn: Any) -> None:
