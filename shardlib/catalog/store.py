@@ -50,6 +50,8 @@ class Grant:
     ttl_s: float
     sent_at: float
     """Monotonic time at which the request that granted it was *sent*: the catalog counts from no earlier."""
+    revision: int = 0
+    """The backend's own mark of this holding, by which it compares."""
 
 
 class Stop(Protocol):

@@ -1,0 +1,295 @@
+"""gRPC channels to the members of an etcd cluster: which one is asked, with what credentials, and what follows.
+
+One channel for each member, made when it is needed, so that names resolve on their own and a dead or hung member is
+left for the next one at once. Everything that is not typed (gRPC and protobuf have no types) stays behind the client.
+
+Fork: gRPC registers handlers of its own and a child may open new channels, unless the environment says
+`GRPC_ENABLE_FORK_SUPPORT=0`. The child never touches the parent's channels, not even to free them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from shardlib.catalog.etcd_proto import method_path, new, parser
+from shardlib.catalog.store import Deadline
+from shardlib.errors import CatalogUnavailable, InvalidArgument
+
+# gRPC writes notes about each fork to stderr unless told otherwise before it is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+import grpc  # noqa: E402
+
+__all__ = ["Channels", "EtcdTarget", "Refused", "RpcError", "reason_of"]
+
+_log = logging.getLogger("shardlib.catalog")
+RpcError: Final = grpc.RpcError
+
+_OPTIONS: Final = (
+    # 6 s: etcd refuses clients that ping more often than every 5 s. The HTTP/2 ping timeout is the one that cuts a
+    # connection to a stopped server; keepalive_timeout alone does not.
+    ("grpc.keepalive_time_ms", 6000),
+    ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.http2.ping_timeout_ms", 2000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),  # else a new client shares the connection, and the back-off, of others
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.enable_retries", 0),  # a Txn must never be sent twice
+)
+_TOKEN_AGE_S: Final = 120.0
+"""Tokens are renewed before etcd's default of 300 s is over, and whenever one is refused."""
+_LEAST_TRY_S: Final = 0.5
+_PAUSE_FIRST_S: Final = 0.02
+_PAUSE_MAX_S: Final = 0.5
+_inherited: list[object] = []
+"""Channels of the parent process, kept so that a forked child never runs their destructors."""
+
+
+class Refused(Exception):  # noqa: N818 - an answer of the server, mapped by the caller
+    """The server answered, and said no: the request had no effect. `code` and `details` are gRPC's."""
+
+    def __init__(self, code: str, details: str) -> None:
+        super().__init__(code, details)
+        self.code, self.details = code, details
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdTarget:
+    """What an etcd URL says. `ca`, `cert` and `key` are paths of PEM files."""
+
+    endpoints: tuple[str, ...]
+    name: str
+    user: str = ""
+    password: str = field(default="", repr=False)
+    tls: bool = False
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+    server_name: str = ""
+
+    def safe(self) -> str:
+        """The URL without the password."""
+        login = f"{self.user}@" if self.user else ""
+        return f"{'etcds' if self.tls else 'etcd'}://{login}{','.join(self.endpoints)}/{self.name}"
+
+    def pem(self, option: str) -> bytes | None:
+        """Content of the file that an option names, None if it names none.
+
+        Raises:
+            InvalidArgument: the file cannot be read.
+        """
+        path = getattr(self, option)
+        if not path:
+            return None
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            raise InvalidArgument(option, path, f"the file cannot be read ({error.strerror})") from None
+
+
+class Channels:
+    """Calls to whichever member answers."""
+
+    def __init__(self, target: EtcdTarget) -> None:
+        self.target = target
+        self.safe_url = target.safe()
+        for option in ("ca", "cert", "key"):
+            target.pem(option)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._token_lock = threading.Lock()
+        self._open: dict[int, Any] = {}
+        self._at = random.randrange(len(self.target.endpoints))  # noqa: S311 - spreads clients over members
+        self._token, self._token_at = "", 0.0
+        self._closed = False
+
+    def call(self, method: str, request: Any, deadline: Deadline, *, again: bool = True) -> Any:
+        """One unary call.
+
+        Args:
+            again: whether it may be sent to another member when the outcome is unknown. False for what must not
+                happen twice; a refused token is renewed in either case, since a refused call had no effect.
+
+        Raises:
+            CatalogUnavailable: no answer by the deadline; with `again=False` it may have happened.
+            Refused: the server said no.
+        """
+        pause_s, failed, login_left = _PAUSE_FIRST_S, 0, 1
+        reason = "no time left"
+        while not deadline.passed():
+            at = self._at
+            try:
+                return self._once(method, request, at, self._share(deadline, failed))
+            except grpc.RpcError as error:
+                code, details = error.code().name, str(error.details())
+                if login_left and self.target.user and _token_refused(code, details):
+                    login_left -= 1
+                    self._forget_token()
+                    continue
+                if not _unknown(code, details):
+                    raise Refused(code, details) from None
+                reason = f"{self.target.endpoints[at]}: {code} {details}"
+                self.leave(at)
+                failed += 1
+            if not again or self._closed:
+                break
+            if failed % len(self.target.endpoints) == 0:
+                time.sleep(deadline.left(pause_s * random.uniform(0.5, 1.0)))  # noqa: S311 - jitter
+                pause_s = min(_PAUSE_MAX_S, pause_s * 2)
+        raise CatalogUnavailable(self.safe_url, reason)
+
+    def _share(self, deadline: Deadline, failed: int) -> float:
+        """Seconds for one try: a hung member must leave time for the others."""
+        left = len(self.target.endpoints) - failed % len(self.target.endpoints)
+        return max(deadline.left() / left, deadline.left(_LEAST_TRY_S))
+
+    def _once(self, method: str, request: Any, at: int, timeout_s: float) -> Any:
+        stub = self._channel(at).unary_unary(
+            method_path(method), request_serializer=_bytes, response_deserializer=parser(f"{method}Response")
+        )
+        try:
+            return stub(request, timeout=timeout_s, metadata=self._metadata(at, timeout_s))
+        except ValueError as error:  # gRPC's answer to a call on a channel that another thread has closed
+            raise CatalogUnavailable(self.safe_url, f"this catalog object was closed ({error})") from None
+
+    def stream(
+        self,
+        method: str,
+        requests: Iterator[Any],
+        response: str,
+        timeout_s: float,
+        *,
+        whole_s: float | None = None,
+    ) -> tuple[Any, int]:
+        """Open a two-way stream to the member in use.
+
+        Args:
+            timeout_s: time to log in.
+            whole_s: time for the whole stream; None for no limit.
+
+        Returns:
+            An iterable call that can be cancelled, and the number of the member.
+
+        Raises:
+            CatalogUnavailable: it cannot log in.
+        """
+        at = self._at
+        try:
+            metadata = (*self._metadata(at, timeout_s), ("hasleader", "true"))
+            stub = self._channel(at).stream_stream(
+                method_path(method), request_serializer=_bytes, response_deserializer=parser(response)
+            )
+            return stub(requests, timeout=whole_s, metadata=metadata), at
+        except grpc.RpcError as error:
+            self.leave(at)
+            raise CatalogUnavailable(self.safe_url, reason_of(error)) from None
+        except ValueError as error:
+            raise CatalogUnavailable(self.safe_url, f"this catalog object was closed ({error})") from None
+
+    def leave(self, at: int) -> None:
+        """The member did not answer: ask the next one from now on."""
+        with self._lock:
+            if self._at == at:
+                self._at = (at + 1) % len(self.target.endpoints)
+
+    def refused_token(self, error: Any) -> bool:
+        """Whether a stream ended because of its token, which is then forgotten."""
+        refused = bool(self.target.user) and _token_refused(error.code().name, str(error.details()))
+        if refused:
+            self._forget_token()
+        return refused
+
+    def forget_token(self) -> None:
+        """Log in again before the next call."""
+        self._forget_token()
+
+    def _metadata(self, at: int, timeout_s: float) -> tuple[tuple[str, str], ...]:
+        if not self.target.user:
+            return ()
+        with self._token_lock:
+            if not self._token or time.monotonic() - self._token_at > _TOKEN_AGE_S:
+                self._token, self._token_at = self._log_in(at, timeout_s), time.monotonic()
+            return (("token", self._token),) if self._token else ()
+
+    def _log_in(self, at: int, timeout_s: float) -> str:
+        stub = self._channel(at).unary_unary(
+            method_path("Authenticate"), request_serializer=_bytes, response_deserializer=parser("AuthenticateResponse")
+        )
+        request = new("AuthenticateRequest", name=self.target.user, password=self.target.password)
+        try:
+            return str(stub(request, timeout=timeout_s).token)
+        except grpc.RpcError as error:
+            if "authentication is not enabled" in str(error.details()):
+                _log.warning("%s asks for no password, the URL gives one", self.safe_url)
+                return ""
+            raise
+
+    def _forget_token(self) -> None:
+        with self._token_lock:
+            self._token = ""
+
+    def _channel(self, at: int) -> Any:
+        with self._lock:
+            if self._closed:
+                raise CatalogUnavailable(self.safe_url, "this catalog object was closed")
+            if at not in self._open:
+                self._open[at] = self._connect(self.target.endpoints[at])
+            return self._open[at]
+
+    def _connect(self, endpoint: str) -> Any:
+        target = self.target
+        if not target.tls:
+            return grpc.insecure_channel(endpoint, options=_OPTIONS)
+        credentials = grpc.ssl_channel_credentials(
+            root_certificates=target.pem("ca"), private_key=target.pem("key"), certificate_chain=target.pem("cert")
+        )
+        named = (("grpc.ssl_target_name_override", target.server_name),) if target.server_name else ()
+        return grpc.secure_channel(endpoint, credentials, options=(*_OPTIONS, *named))
+
+    def after_fork(self) -> None:
+        """In a forked child: put the parent's channels aside, untouched."""
+        if os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "1").lower() in ("0", "false", "no"):
+            _log.error("GRPC_ENABLE_FORK_SUPPORT is off: etcd cannot be used after a fork; unset it")
+        _inherited.append(self._open)
+        self._reset()
+
+    def close(self) -> None:
+        """Close every channel; calls under way end. Idempotent."""
+        with self._lock:
+            self._closed = True
+            channels, self._open = self._open, {}
+        for channel in channels.values():
+            channel.close()
+
+
+def reason_of(error: Any) -> str:
+    """Code and text of a gRPC error, for a message."""
+    return f"{error.code().name} {error.details()}"
+
+
+def _bytes(message: Any) -> bytes:
+    return bytes(message.SerializeToString())
+
+
+def _unknown(code: str, details: str) -> bool:
+    """Whether the request may or may not have been done, and another member may be asked."""
+    if code in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "INTERNAL", "ABORTED"):
+        return True
+    return code == "UNKNOWN" and not details.startswith("etcdserver:")
+
+
+def _token_refused(code: str, details: str) -> bool:
+    refused = ("invalid auth token", "user name is empty", "revision in header is old", "auth revision")
+    return code == "UNAUTHENTICATED" or any(text in details for text in refused)
