@@ -21,7 +21,7 @@ from shardlib_ops.local import places, plan, registry, watchdog
 from shardlib_ops.local.binaries import find_etcd, find_postgres
 from shardlib_ops.local.etcd import LocalEtcd
 from shardlib_ops.local.plan import Options, Plan
-from shardlib_ops.local.ports import HOST, PortKeeper
+from shardlib_ops.local.ports import PortKeeper
 from shardlib_ops.local.postgres import LocalServer, ServerSpec
 from shardlib_ops.local.process import account, wait_until
 
@@ -117,8 +117,7 @@ class LocalCluster:
     @property
     def url(self) -> str:
         """URL of the catalog, for `ShardedEngine`."""
-        members = ",".join(f"{HOST}:{member.port}" for member in self._started().etcd)
-        return f"etcd://{members}/{self._options.catalog_name}"
+        return self._started().url
 
     @property
     def servers(self) -> tuple[LocalServer, ...]:
@@ -266,27 +265,20 @@ class LocalCluster:
         token = secrets.token_hex(4)
         base = Path(tempfile.gettempdir()).resolve()
         self._directory = self._wanted or base / f"shardlib-{token}"
-        if (owner := registry.owner_of(self._directory)) is not None:
-            raise InvalidArgument(
-                "directory", str(self._directory), f"process {owner} runs the cluster in it"
-            )
         self._check_directory()
         near = self._directory / "s"
         self._sockets = near if len(str(near)) <= _SOCKET_PATH_MAX else base / f"shardlib-s-{token}"
         self._owner = os.getpid()
-        self._entry = registry.enter(self._directory, self._sockets, temporary=temporary)
+        try:
+            self._entry = registry.enter(self._directory, self._sockets, temporary=temporary)
+        except registry.OccupiedError as held:
+            raise InvalidArgument("directory", str(self._directory), f"{held}: stop that first") from None
         self._watchdog = watchdog.spawn(self._entry)
         # Others pass, for the servers' account, but cannot look around.
         places.make(self._directory, 0o711 if self._account else 0o700, fresh=temporary)
         places.make(self._sockets, 0o700)
         if self._account is not None:
             os.chown(self._sockets, self._account.uid, self._account.gid)
-            if (closed := places.blocked_at(self._directory, self._account)) is not None:
-                raise InvalidArgument(
-                    "directory",
-                    str(self._directory),
-                    f"{closed} is closed to {self._account.name}, as whom servers run that root starts",
-                )
         found = plan.load(self._directory)
         if found is not None:
             self._remember(self._again(found))
@@ -294,6 +286,13 @@ class LocalCluster:
             self._remember(plan.make(self._options, self._postgres.version, self._ports.take))
 
     def _check_directory(self) -> None:
+        there = next(folder for folder in (self._directory, *self._directory.parents) if folder.exists())
+        if (closed := places.blocked_at(there, self._account)) is not None and self._account is not None:
+            raise InvalidArgument(
+                "directory",
+                str(self._directory),
+                f"{closed} is closed to {self._account.name}, as whom servers run that root starts",
+            )
         try:
             content = any(self._directory.iterdir())
         except FileNotFoundError:

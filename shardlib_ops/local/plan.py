@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from shardlib.errors import InvalidArgument, InvalidTopology
 from shardlib_ops.local.etcd import EtcdSpec
+from shardlib_ops.local.ports import HOST
 from shardlib_ops.local.postgres import ServerSpec
 
 __all__ = ["Options", "Plan", "load", "make", "save", "server_spec"]
@@ -78,6 +79,12 @@ class Plan:
     etcd: tuple[EtcdSpec, ...]
     spares: tuple[ServerSpec, ...] = ()
     ready: bool = False
+
+    @property
+    def url(self) -> str:
+        """URL of the catalog."""
+        members = ",".join(f"{HOST}:{member.port}" for member in self.etcd)
+        return f"etcd://{members}/{self.options.catalog_name}"
 
 
 def make(options: Options, postgres: str, take_port: Callable[[], int]) -> Plan:

@@ -17,7 +17,7 @@ from typing import Final
 from shardlib_ops.local import places
 from shardlib_ops.local.process import free_shared_memory, kill_all, running_in, started_at
 
-__all__ = ["Entry", "clean", "clean_abandoned", "enter", "owner_of"]
+__all__ = ["Entry", "OccupiedError", "clean", "clean_abandoned", "enter", "owner_of"]
 
 _log: Final = logging.getLogger("shardlib.local")
 
@@ -55,10 +55,22 @@ def _folder() -> Path:
     return folder
 
 
+class OccupiedError(Exception):
+    """A living process runs a cluster in that folder."""
+
+    def __init__(self, owner: int) -> None:
+        super().__init__(owner)
+        self.owner = owner
+
+    def __str__(self) -> str:
+        return f"process {self.owner} runs the cluster in it"
+
+
 def enter(directory: Path, sockets: Path, *, temporary: bool) -> Path:
     """Register a cluster that this process owns, before anything of it exists; the path of its entry.
 
     Raises:
+        OccupiedError: there is one in that folder already.
         RuntimeError: the process table does not show this very process.
     """
     owner = os.getpid()
@@ -66,9 +78,12 @@ def enter(directory: Path, sockets: Path, *, temporary: bool) -> Path:
         raise RuntimeError(f"process {owner} cannot see itself in the process table")
     entry = Entry(str(directory), str(sockets), temporary, owner, started, _scope())
     path = _folder() / f"{owner}-{directory.name}.json"
-    unfinished = path.with_suffix(".new")
-    unfinished.write_text(json.dumps(asdict(entry)))
-    unfinished.replace(path)
+    with places.locked(path.parent / "lock"):
+        if (other := owner_of(directory)) is not None:
+            raise OccupiedError(other)
+        unfinished = path.with_suffix(".new")
+        unfinished.write_text(json.dumps(asdict(entry)))
+        unfinished.replace(path)
     return path
 
 

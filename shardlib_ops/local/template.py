@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from shardlib.errors import InvalidArgument
 from shardlib_ops.local import places
 from shardlib_ops.local.binaries import Postgres
 from shardlib_ops.local.process import Account
@@ -40,6 +41,12 @@ def template(postgres: Postgres, owner: Account | None, timeout_s: float) -> Pat
     """
     root = places.cache() / "templates"
     places.make(root, 0o755)
+    if owner is not None and (closed := places.blocked_at(root, owner)) is not None:
+        raise InvalidArgument(
+            "SHARDLIB_CACHE",
+            str(root),
+            f"{closed} is closed to {owner.name}, as whom servers run that root starts",
+        )
     what = (postgres.version, *_OPTIONS, _CLIENTS, _FORMAT, owner)
     target = root / hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     if target.exists():

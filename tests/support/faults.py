@@ -1,7 +1,7 @@
 """A TCP proxy in front of a PostgreSQL server, that cuts, refuses, stalls, and loses the reply of a COMMIT.
 
-It knows where the messages of PostgreSQL's protocol begin and end (its documentation, "Message Formats"), so a
-fault falls between two of them and not somewhere.
+It knows where the messages of PostgreSQL's protocol begin and end (its docs, "Message Formats"), so a fault
+falls between two of them and not somewhere.
 """
 
 from __future__ import annotations

@@ -1,0 +1,58 @@
+"""`shardlib-ops`: the command line of operators.
+
+A group of commands is a module of this package, added below by one line. Such a module imports nothing heavy
+at its top, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from shardlib_ops.cli import local, render
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="shardlib-ops",
+    help="Operate shardlib clusters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(local.app, name="local")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(version("shardlib"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Operate shardlib clusters."""
+
+
+def main() -> None:
+    """Run a command.
+
+    Exit codes: 0 done, 1 an error of shardlib, 2 wrong usage, 3 what was asked about does not run.
+    """
+    try:
+        app()
+    except Exception as error:
+        from shardlib.errors import ShardlibError
+
+        if not isinstance(error, ShardlibError):
+            raise
+        render.failure(error, as_json="--json" in sys.argv)
+        sys.exit(1)

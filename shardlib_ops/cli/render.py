@@ -1,0 +1,57 @@
+"""What commands print: one JSON document with `--json`, tables and lines for people otherwise."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["console", "document", "failure", "table"]
+
+_PIPE_WIDTH = 240
+
+
+def console(*, error: bool = False) -> Console:
+    """A console on standard output, or on standard error."""
+    from rich.console import Console
+
+    found = Console(stderr=error, highlight=False, soft_wrap=True)
+    if not found.is_terminal:
+        # A pipe has no width: a cut address would be of no use to who reads it.
+        found.width = _PIPE_WIDTH
+    return found
+
+
+def document(content: object) -> None:
+    """Print one JSON document."""
+    print(json.dumps(content, indent=2, default=str))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
+    """Print a table; cells are shown as text, never read as markup."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        shown.add_column(column, overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    console().print(shown)
+
+
+def failure(error: Exception, *, as_json: bool) -> None:
+    """Print an error: its type and text, without a traceback."""
+    if as_json:
+        content: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
+        document(content)
+        return
+    from rich.text import Text
+
+    out = console(error=True)
+    out.print(Text(f"{type(error).__name__}: ", style="bold red") + Text(str(error)))
+    sys.stderr.flush()
