@@ -1,1 +1,23 @@
-"""Client-side sharding for PostgreSQL inside SQLAlchemy."""
+"""Client-side sharding for PostgreSQL inside SQLAlchemy.
+
+Read in this order: key, token, ring, topology, route, session, shard, fence.
+"""
+
+from importlib.metadata import version
+
+from shardlib import errors
+from shardlib.engine import AsyncShardedEngine, ShardedEngine
+from shardlib.route.consistency import Consistency
+from shardlib.session import AsyncShardedSession, ShardedSession
+
+__version__ = version("shardlib")
+
+__all__ = [
+    "AsyncShardedEngine",
+    "AsyncShardedSession",
+    "Consistency",
+    "ShardedEngine",
+    "ShardedSession",
+    "__version__",
+    "errors",
+]

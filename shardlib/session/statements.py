@@ -10,7 +10,8 @@ from sqlalchemy.orm import ORMExecuteState
 
 from shardlib.errors import InvalidTopology, ShardKeyRequired, UnsupportedCrossShardQuery
 from shardlib.route.consistency import Consistency
-from shardlib.route import Needs, Scope, needs_of
+from shardlib.route.extract import needs_of
+from shardlib.route.needs import Needs, Scope
 from shardlib.session.core import Needed
 from shardlib.session.fanout import FanOut
 from shardlib.session.unit import Leg
