@@ -46,7 +46,15 @@ def encode_key(value: object) -> bytes:
     Raises:
         InvalidShardKey: None, float, NaN, a str with a zero character or a lone surrogate, or any other type.
     """
-    encoder = _ENCODERS.get(value.__class__)
+    kind = value.__class__
+    if kind is str:  # the usual key, without a second call
+        text: str = value  # type: ignore[assignment]
+        try:
+            key = text.encode()
+        except UnicodeEncodeError:
+            return encode_text(text)  # which says what is wrong
+        return key if b"\0" not in key else encode_text(text)
+    encoder = _ENCODERS.get(kind)
     return encoder(value) if encoder is not None else _by_base(value)
 
 
@@ -65,7 +73,7 @@ def encode_text(value: str) -> bytes:
 def encode_int(value: int) -> bytes:
     """Decimal digits."""
     try:
-        return b"%d" % value
+        return str(int(value)).encode()
     except ValueError:  # past Python's limit of digits for a conversion
         raise InvalidShardKey("a very large int", "it has thousands of digits") from None
 

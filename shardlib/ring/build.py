@@ -12,12 +12,16 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Mapping
+from hashlib import shake_128
 from heapq import heapify, heapreplace
+from itertools import accumulate, chain, compress
+from operator import sub
+from struct import iter_unpack
 
 from shardlib.errors import InvalidArgument, InvalidTopology
 from shardlib.ring.ranges import TOKEN_COUNT, TOKEN_MAX
-from shardlib.ring.ring import Ring
-from shardlib.token import hash_of
+from shardlib.ring.ring import Ring, slot_bits
+from shardlib.ring.splice import insert_nodes, turned
 
 __all__ = ["VNODES_MAX", "add_shard", "build_ring", "remove_shard"]
 
@@ -25,6 +29,7 @@ VNODES_MAX = 1 << 16
 """The most virtual nodes that one shard may be given."""
 
 _OWNER_BITS = 24
+_SLOTS_MIN = 256
 _PASSES_MAX = 64
 _SCATTER = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: multiples of it spread evenly (Knuth, TAOCP 6.4)
 
@@ -43,17 +48,44 @@ def build_ring(weights: Mapping[str, int]) -> Ring:
     Cost: O(V log V); about 3 s for 10,000 shards of 256 virtual nodes.
     """
     shard_ids = sorted(weights, key=_checked_id)
-    digest = hash_of("murmur3")
+    counts = [_checked_count(weights[shard_id]) for shard_id in shard_ids]
+    if not shard_ids:
+        return Ring((), (), ())
+    owners = _scattered(shard_ids, counts)
+    return Ring(_spaced(owners, counts), owners, shard_ids)
+
+
+def _scattered(shard_ids: list[str], counts: list[int]) -> list[int]:
+    """The owners of all virtual nodes in a pseudo-random order that depends on ids and weights alone."""
     mask = (1 << _OWNER_BITS) - 1
     order: list[int] = []
-    for owner, shard_id in enumerate(shard_ids):
-        label = shard_id.encode(errors="surrogatepass")
-        for number in range(_checked_count(weights[shard_id])):
-            order.append(digest(b"%b/%d" % (label, number)) & ~mask | owner)  # noqa: PERF401
+    for owner, (shard_id, count) in enumerate(zip(shard_ids, counts, strict=True)):
+        places = shake_128(shard_id.encode(errors="surrogatepass")).digest(8 * count)
+        order.extend(place & ~mask | owner for (place,) in iter_unpack("<Q", places))
     order.sort()
-    count = len(order)
-    tokens = array("Q", (TOKEN_COUNT * i // count - 1 for i in range(1, count + 1)))
-    return Ring(tokens, [entry & mask for entry in order], shard_ids)
+    return [entry & mask for entry in order]
+
+
+def _spaced(owners: list[int], counts: list[int]) -> list[int]:
+    """Tokens for virtual nodes in this order: evenly spaced, where it costs next to nothing by whole slots.
+
+    A slot of the ring's table that has one owner is answered without a look at the tokens. So each shard gets
+    its share of the slots, and its virtual nodes 3 or 4 of them, say, in turn; unless a slot is too great a
+    part of the smallest share to be even.
+    """
+    total = len(owners)
+    bits = slot_bits(total, len(counts))
+    if (min(counts) << bits) // total < _SLOTS_MIN:
+        return [TOKEN_COUNT * i // total - 1 for i in range(1, total + 1)]
+    ends = [(end << bits) // total for end in accumulate(counts)]
+    shares = list(map(sub, ends, chain((0,), ends)))
+    turns: dict[tuple[int, int], list[int]] = {}
+    for share, count in set(zip(shares, counts, strict=True)):
+        stops = [share * i // count for i in range(count + 1)]
+        turns[share, count] = list(map(sub, stops[1:], stops))
+    lengths = [iter(turns[part]) for part in zip(shares, counts, strict=True)]
+    shift = 64 - bits
+    return [(end << shift) - 1 for end in accumulate(map(next, map(lengths.__getitem__, owners)))]
 
 
 def add_shard(ring: Ring, shard_id: str, vnode_count: int) -> Ring:
@@ -83,43 +115,54 @@ def add_shard(ring: Ring, shard_id: str, vnode_count: int) -> Ring:
         return build_ring({shard_id: vnode_count})
     share = TOKEN_COUNT * vnode_count // (len(ring) + vnode_count)
     pieces = [share // vnode_count + (i < share % vnode_count) for i in range(vnode_count)]
-    cuts = _cuts(ring, pieces)
+    tokens = ring.tokens[:]
+    cuts = _cut(ring, tokens, _gifts(ring, pieces))
     newcomer = len(ring.shard_ids)
-    nodes = sorted([*zip(ring.tokens, ring.owners, strict=True), *((token, newcomer) for token in cuts)])
-    return _ring(nodes, (*ring.shard_ids, shard_id))
+    nodes = insert_nodes(*turned(tokens, ring.owners), dict.fromkeys(cuts, newcomer))
+    return Ring(*nodes, (*ring.shard_ids, shard_id))
 
 
-def _cuts(ring: Ring, pieces: list[int]) -> list[int]:
-    """The tokens of a newcomer's virtual nodes, each of which cuts a piece from the front of another's
-    range.
-    """
-    sizes = ring.sizes()
+def _gifts(ring: Ring, pieces: list[int]) -> dict[int, list[int]]:
+    """Which owners give the pieces: each in turn the one with the most tokens for its weight."""
     weights = list(ring.weights().values())
     shares = list(ring.shares().values())
-    richest = [
-        (-share / weight, owner) for owner, (share, weight) in enumerate(zip(shares, weights, strict=True))
-    ]
+    richest = [(-shares[owner] / weight, owner) for owner, weight in enumerate(weights)]
     heapify(richest)
-    given: dict[int, list[int]] = {}
+    gifts: dict[int, list[int]] = {}
     for piece in pieces:
         owner = richest[0][1]
-        given.setdefault(owner, []).append(piece)
+        gifts.setdefault(owner, []).append(piece)
         shares[owner] -= piece
         heapreplace(richest, (-shares[owner] / weights[owner], owner))
-    ranges: dict[int, list[tuple[int, int, int]]] = {owner: [] for owner in given}
+    return gifts
+
+
+def _cut(ring: Ring, tokens: array[int], gifts: dict[int, list[int]]) -> list[int]:
+    """Cut each piece from the giver's largest range just then; the tokens of the newcomer's virtual nodes.
+
+    One piece comes from the front of its range, the next from the back, where the giver's virtual node draws
+    back (in `tokens`). With fronts alone, ranges of old shards would never touch, and one of them could not
+    take over from another when that is removed.
+    """
+    sizes = ring.sizes()
+    ranges: dict[int, list[tuple[int, int, int]]] = {owner: [] for owner in gifts}
     for position, owner in enumerate(ring.owners):
         if owner in ranges:
             # Equal ranges go in a scattered order: in ring order, a newcomer would have few shards beside it.
-            ranges[owner].append((-sizes[position], ring.tokens[position] * _SCATTER & TOKEN_MAX, position))
+            ranges[owner].append((-sizes[position], tokens[position] * _SCATTER & TOKEN_MAX, position))
     cuts: list[int] = []
-    for owner, parts in given.items():
+    for owner, pieces in gifts.items():
         largest = ranges[owner]
         heapify(largest)
-        for piece in parts:
+        for piece in pieces:
             negative, scattered, position = largest[0]
             size = -negative
             taken = min(piece, size - 1)  # the giver keeps its virtual node, be it for one token
-            cuts.append((ring.tokens[position] - size + taken) & TOKEN_MAX)
+            if len(cuts) % 2:
+                cuts.append((tokens[position] - size + taken) & TOKEN_MAX)
+            else:
+                cuts.append(tokens[position])
+                tokens[position] = (tokens[position] - taken) & TOKEN_MAX
             heapreplace(largest, (taken - size, scattered, position))
     return cuts
 
@@ -144,17 +187,15 @@ def remove_shard(ring: Ring, shard_id: str) -> Ring:
         )
     gone = ring.shard_ids.index(shard_id)
     gaps = _gaps(ring, gone)
-    given = _even_out(ring, gaps)
-    pushed = {
-        before: (ring.tokens[before] + part) & TOKEN_MAX
-        for (before, _, _), part in zip(gaps, given, strict=True)
-    }
-    nodes = sorted(
-        (pushed.get(position, token), owner - (owner > gone))
-        for position, (token, owner) in enumerate(zip(ring.tokens, ring.owners, strict=True))
-        if owner != gone
+    tokens = ring.tokens[:]
+    for (before, _, _), part in zip(gaps, _even_out(ring, gaps), strict=True):
+        tokens[before] = (tokens[before] + part) & TOKEN_MAX
+    staying = bytearray(map(gone.__ne__, ring.owners))
+    nodes = turned(array("Q", compress(tokens, staying)), array("I", compress(ring.owners, staying)))
+    number = [owner - (owner > gone) for owner in range(len(ring.shard_ids))]
+    return Ring(
+        nodes[0], map(number.__getitem__, nodes[1]), (*ring.shard_ids[:gone], *ring.shard_ids[gone + 1 :])
     )
-    return _ring(nodes, (*ring.shard_ids[:gone], *ring.shard_ids[gone + 1 :]))
 
 
 def _gaps(ring: Ring, gone: int) -> list[tuple[int, int, int]]:
@@ -197,10 +238,6 @@ def _even_out(ring: Ring, gaps: list[tuple[int, int, int]]) -> list[int]:
         if moved < TOKEN_COUNT >> 20:
             break
     return parts
-
-
-def _ring(nodes: list[tuple[int, int]], shard_ids: tuple[str, ...]) -> Ring:
-    return Ring([token for token, _ in nodes], [owner for _, owner in nodes], shard_ids)
 
 
 def _checked_id(shard_id: str) -> str:

@@ -10,10 +10,11 @@ from typing import NamedTuple
 from shardlib.errors import InvalidArgument, InvalidTopology
 from shardlib.ring.ranges import TOKEN_MAX, TokenRange, merge_ranges
 from shardlib.ring.ring import Ring
+from shardlib.ring.splice import insert_nodes
 
 __all__ = ["RangeMove", "diff", "reassign"]
 
-_BLOCK = 4096
+_BLOCKS = (4096, 256, 16)
 
 
 class RangeMove(NamedTuple):
@@ -67,21 +68,17 @@ def diff(old: Ring, new: Ring) -> tuple[RangeMove, ...]:
 
 
 def _same(old: Ring, new: Ring, i: int, j: int) -> int:
-    """How many virtual nodes from here on can be skipped because a whole block of them is alike in both
-    rings.
-    """
-    if old.tokens[i : i + 1] != new.tokens[j : j + 1]:
-        return 0
-    tokens = old.tokens[i : i + _BLOCK]
-    if tokens != new.tokens[j : j + _BLOCK]:
-        return 0
-    ours, theirs = old.owners[i : i + _BLOCK], new.owners[j : j + _BLOCK]
-    if ours == theirs and (
-        old.shard_ids == new.shard_ids or all(old.shard_ids[o] == new.shard_ids[o] for o in set(ours))
-    ):
-        return len(tokens)
-    names = map(old.shard_ids.__getitem__, ours), map(new.shard_ids.__getitem__, theirs)
-    return len(tokens) if all(a == b for a, b in zip(*names, strict=True)) else 0
+    """How many virtual nodes from here on can be skipped because a block of them is alike in both rings."""
+    for length in _BLOCKS:
+        tokens = old.tokens[i : i + length]
+        if not tokens or tokens != new.tokens[j : j + length]:
+            continue
+        ours, theirs = old.owners[i : i + length], new.owners[j : j + length]
+        if (ours == theirs and old.shard_ids == new.shard_ids) or (
+            [old.shard_ids[o] for o in ours] == [new.shard_ids[o] for o in theirs]
+        ):
+            return len(tokens)
+    return 0
 
 
 def reassign(ring: Ring, ranges: Iterable[TokenRange], target: str) -> Ring:
@@ -111,17 +108,7 @@ def reassign(ring: Ring, ranges: Iterable[TokenRange], target: str) -> Ring:
         for end in ((first - 1) & TOKEN_MAX, last):  # before token 0 comes the greatest: the ring wraps
             if (owner := ring.index_of(end)) != taker and not _has(ring, end):
                 cuts[end] = owner
-    tokens, owners = array("Q"), array("I")
-    done = 0
-    for end in sorted(cuts):
-        at = bisect_left(ring.tokens, end)
-        tokens.extend(ring.tokens[done:at])
-        owners.extend(array("I", ring.owners[done:at]))
-        tokens.append(end)
-        owners.append(cuts[end])
-        done = at
-    tokens.extend(ring.tokens[done:])
-    owners.extend(array("I", ring.owners[done:]))
+    tokens, owners = insert_nodes(ring.tokens, ring.owners, cuts)
     for first, last in merged:
         low, high = bisect_left(tokens, first), bisect_right(tokens, last)
         owners[low:high] = array("I", [taker]) * (high - low)

@@ -5,21 +5,25 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from functools import reduce
 from itertools import chain, islice, repeat
-from operator import lt, sub
+from operator import and_, lt, sub
 from typing import NoReturn
 
 from shardlib.errors import InvalidArgument, InvalidTopology
 from shardlib.ring.ranges import TOKEN_COUNT, TOKEN_MAX, TokenRange, merge_ranges
 
-__all__ = ["Ring"]
+__all__ = ["Ring", "slot_bits"]
 
 _BYTES_MAX = 24
 """Memory for each virtual node: token, owner, and its part of the index."""
 
-_SLOTS_MAX = 4
-"""Index slots for each virtual node; more would not make the lookup faster."""
+_SLOTS_MAX = 6
+"""Slots of the table for each virtual node; more would rarely make the lookup faster."""
+
+_PART_BITS = 6
+"""A shared slot is looked up by bisection within its part of 2**6 slots."""
 
 
 class Ring:
@@ -36,15 +40,25 @@ class Ring:
     Raises:
         InvalidTopology: one of these does not hold.
 
-    Shape: tokens uint64[V]; owners uint16[V], or uint32[V] past 65,536 shards; at most 24 bytes for each
-    virtual node, the index included. A ring without virtual nodes is allowed (a cluster without shards) and
+    Shape: tokens uint64[V]; owners uint16[V], or uint32[V] past 65,534 shards; at most 24 bytes for each
+    virtual node, the table included. A ring without virtual nodes is allowed (a cluster without shards) and
     owns nothing.
-    Source: Karger et al., "Consistent Hashing and Random Trees", STOC 1997; the index over the
-    leading bits is a lookup table as in Maglev (Eisenbud et al., NSDI 2016), refined by the exact tokens
+    Source: Karger et al., "Consistent Hashing and Random Trees", STOC 1997; the table of slots is as
+    in Maglev (Eisenbud et al., NSDI 2016), refined by the exact tokens
     where a slot is shared.
     """
 
-    __slots__ = ("__weakref__", "_index", "_shard_count", "_shift", "owners", "shard_ids", "tokens")
+    __slots__ = (
+        "__weakref__",
+        "_parts",
+        "_shard_count",
+        "_shared",
+        "_shift",
+        "_table",
+        "owners",
+        "shard_ids",
+        "tokens",
+    )
 
     tokens: array[int]
     owners: array[int]
@@ -55,14 +69,15 @@ class Ring:
         self._shard_count = len(self.shard_ids)
         try:
             self.tokens = array("Q", tokens)
-            self.owners = array("H" if self._shard_count <= 1 << 16 else "I", owners)
+            self.owners = array("H" if _owner_bytes(self._shard_count) == 2 else "I", owners)
         except (OverflowError, TypeError) as error:
             raise InvalidTopology(
                 f"the ring holds a value that is no token or owner: {error}", _DAMAGED
             ) from None
         listed = self.tokens.tolist()
         self._check(listed)
-        self._index, self._shift = _index(listed, self.owners, self._shard_count)
+        self._shared = (1 << 8 * self.owners.itemsize) - 1
+        self._table, self._parts, self._shift = _table(listed, self.owners, self._shard_count, self._shared)
 
     def _check(self, tokens: list[int]) -> None:
         if len(tokens) != len(self.owners):
@@ -85,38 +100,27 @@ class Ring:
             )
 
     def index_of(self, token: int) -> int:
-        """Return the index in `shard_ids` of the shard that owns a token: the hot path, without a check of
-        `token`.
+        """Return the index in `shard_ids` of the shard that owns a token: the hot path.
 
         Args:
-            token: unsigned, 0 <= token < 2**64; a negative one gives a wrong answer, not an error.
+            token: unsigned, 0 <= token < 2**64; a negative one is not noticed and gives a wrong answer.
 
         Raises:
             InvalidTopology: the ring has no virtual node.
             InvalidArgument: the token is too great.
 
-        Cost: a slot of the index names the owner, or the one virtual node to compare with.
+        Cost: one look into the table for most tokens, a short bisection for those of a shared slot.
         """
+        slot = token >> self._shift
         try:
-            found = self._index[token >> self._shift]
-            if found < self._shard_count:
-                return found
-            found -= self._shard_count
-            if self.tokens[found] >= token:
-                return self.owners[found]
+            found = self._table[slot]
         except IndexError:
             self._refuse(token)
-        return self._owner_after(found, token)
-
-    def _owner_after(self, position: int, token: int) -> int:
-        """The owner of a token that is past the virtual node at `position`: gallop, then bisect."""
-        tokens, step = self.tokens, 1
-        end = len(tokens)
-        low = position + 1
-        while (probe := low + step) < end and tokens[probe] < token:
-            low, step = probe + 1, step * 2
-        at = bisect_left(tokens, token, low, min(probe, end))
-        return self.owners[at] if at < end else self.owners[0]
+        if found != self._shared:
+            return found
+        part = slot >> _PART_BITS
+        at = bisect_left(self.tokens, token, self._parts[part], self._parts[part + 1])
+        return self.owners[at if at < len(self.owners) else 0]
 
     def _refuse(self, token: int) -> NoReturn:
         if not self.tokens:
@@ -193,8 +197,8 @@ class Ring:
         return dict(zip(self.shard_ids, totals, strict=True))
 
     def nbytes(self) -> int:
-        """Bytes of memory that the ring holds: tokens, owners and index."""
-        return sum(len(part) * part.itemsize for part in (self.tokens, self.owners, self._index))
+        """Bytes of memory that the ring holds: tokens, owners and table."""
+        return sum(len(part) * part.itemsize for part in (self.tokens, self.owners, self._table, self._parts))
 
     def __len__(self) -> int:
         """The number of virtual nodes."""
@@ -224,35 +228,51 @@ class Ring:
         return Ring, (self.tokens, self.owners, self.shard_ids)
 
 
-def _index(tokens: list[int], owners: Sequence[int], shard_count: int) -> tuple[array[int], int]:
-    """A table over the leading bits of a token: `table[token >> shift]`.
+def slot_bits(vnode_count: int, shard_count: int) -> int:
+    """How many leading bits of a token choose a slot of a ring's table: 3 to 6 slots a virtual node, if
+    memory allows.
 
-    An entry below `shard_count` is the owner of the whole slot. Any other, less `shard_count`, is the
-    position of the first virtual node at or after the slot's start: the tokens of the slot have to be
-    compared.
-
-    Everything is done by iterators written in C: a loop over millions of slots would take seconds.
+    Args:
+        vnode_count: at least 1.
+        shard_count: decides the size of an entry.
     """
-    count = len(tokens)
-    kind = "H" if shard_count + count < 1 << 16 else "I"
-    if not count:
-        return array(kind), 0
-    spare = (_BYTES_MAX - 8 - (2 if shard_count <= 1 << 16 else 4)) * count // array(kind).itemsize
-    bits = max(1, min(spare, _SLOTS_MAX * count).bit_length() - 1)
+    owner_bytes = _owner_bytes(shard_count)
+    slots_max = min(_SLOTS_MAX, (_BYTES_MAX - 9 - owner_bytes) // owner_bytes)
+    return (slots_max * vnode_count).bit_length() - 1
+
+
+def _owner_bytes(shard_count: int) -> int:
+    return 2 if shard_count < 0xFFFF else 4  # the greatest number marks a shared slot
+
+
+def _table(
+    tokens: list[int], owners: array[int], shard_count: int, shared: int
+) -> tuple[array[int], array[int], int]:
+    """The owner of each slot of tokens, by their leading bits; `shared` where a slot has several owners.
+
+    Returns:
+        The table; for each part of 64 slots the position of its first virtual node; and the shift that makes
+        a slot of a token. The parts are empty if no slot is shared, as in a ring fresh from `build_ring`.
+
+    Loops over millions of slots are left to iterators written in C, or a load would take many seconds.
+    """
+    if not tokens:
+        return array(owners.typecode), array("I"), 0
+    bits = slot_bits(len(tokens), shard_count)
     shift = 64 - bits
-    # `ends` are the slots that hold a virtual node, one past; `whole` are those that end before or with it.
-    ends = [(token >> shift) + 1 for token in tokens]
-    whole = [(token + 1) >> shift for token in tokens]
-    starts = [0, *ends[:-1]]
-    values = [0] * (2 * count)
-    values[0::2] = owners
-    values[1::2] = range(shard_count, shard_count + count)
-    repeats = [0] * (2 * count)
-    repeats[0::2] = map(sub, whole, starts)
-    repeats[1::2] = map(sub, ends, map(max, whole, starts))
-    table = array(kind, chain.from_iterable(map(repeat, values, repeats)))
+    slots = [token >> shift for token in tokens]
+    # Each virtual node fills the slots after the one before it, up to and with its own.
+    lengths = map(sub, slots, chain((-1,), slots))
+    table = array(owners.typecode, chain.from_iterable(map(repeat, owners, lengths)))
     table.extend(repeat(owners[0], (1 << bits) - len(table)))  # past the last virtual node: the ring wraps
-    return table, shift
+    ends = (1 << shift) - 1
+    if reduce(and_, tokens) & ends == ends:
+        return table, array("I"), shift
+    for token, slot in zip(tokens, slots, strict=True):
+        if token & ends != ends:  # the slot goes on past its virtual node
+            table[slot] = shared
+    parts = range(0, (1 << bits) + (1 << _PART_BITS), 1 << _PART_BITS)
+    return table, array("I", map(bisect_left, repeat(slots), parts)), shift
 
 
 _DAMAGED = "make rings by build_ring, add_shard, remove_shard and reassign, and change none by hand"
