@@ -3,6 +3,7 @@
 import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -26,11 +27,29 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True, "show-inheritance": True}
 add_module_names = False
 
 # The build uses no network, so names of other projects are not looked up there. Our own must lead somewhere.
 nitpick_ignore_regex = [
-    ("py:.*", r"(sqlalchemy|psycopg|collections|typing|types|pathlib|enum|datetime|contextlib|asyncio)\..*"),
+    (
+        "py:.*",
+        r"(sqlalchemy|psycopg|collections|typing|types|pathlib|enum|asyncio|os)\..*",
+    ),
     ("py:.*", r"(Any|Self|T|None|TypeVar|Callable|Awaitable|Iterable|Sequence|Mapping|Path|TracebackType)"),
+    # Types of the inside that signatures of public classes show.
+    ("py:class", r"shardlib\.(ring|shard|topology\.model)\..*|shardlib\.engine\..*\.T"),
 ]
+
+
+def keep_colons(
+    _app: object, what: str, _name: str, _object: object, _opts: object, lines: list[str]
+) -> None:
+    """Napoleon reads `word: text` at the start of an attribute as its type. We never write types there."""
+    if what in ("attribute", "property"):
+        lines[:0] = ["..", ""]  # an empty comment
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)  # napoleon's is 500

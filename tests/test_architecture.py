@@ -19,6 +19,8 @@ OWN = ("shardlib", "shardlib_ops", "tests", "docs", "examples", "benchmarks", "s
 SLEEPS_ALLOWED = {
     "shardlib/waits.py": "the one place of the library that waits",
     "shardlib/fence/gate.py": "gives way between two attempts, by a function that its caller may replace",
+    "shardlib/engine/aio.py": "`run` pauses in the coroutine of its caller, outside of any greenlet",
+    "shardlib/catalog/etcd_channel.py": "a blocking call pauses between its attempts, within its deadline",
 }
 """Files of the library that may mention a sleep of any kind, each with its reason."""
 
