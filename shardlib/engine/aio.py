@@ -22,7 +22,6 @@ from shardlib.session.aio import AsyncShardedSession
 from shardlib.session.twophase import Settled
 from shardlib.topology import Shard, Topology
 
-
 __all__ = ["AsyncShardedEngine"]
 
 T = TypeVar("T")
@@ -116,13 +115,9 @@ class AsyncShardedEngine:
         """See `ShardedEngine.refresh`."""
         return await asyncio.to_thread(self.sync_engine.refresh)
 
-    async def create_all(
-        self, metadata: MetaData, *, app_roles: Sequence[str] = (), checkfirst: bool = True
-    ) -> None:
+    async def create_all(self, metadata: MetaData, *, app_roles: Sequence[str] = (), checkfirst: bool = True) -> None:
         """See `ShardedEngine.create_all`."""
-        await asyncio.to_thread(
-            self.sync_engine.create_all, metadata, app_roles=app_roles, checkfirst=checkfirst
-        )
+        await asyncio.to_thread(self.sync_engine.create_all, metadata, app_roles=app_roles, checkfirst=checkfirst)
 
     async def drop_all(self, metadata: MetaData, *, checkfirst: bool = True) -> None:
         """See `ShardedEngine.drop_all`."""

@@ -101,9 +101,9 @@ class ShardedEngine:
             retry=retry or RetryPolicy(),
         )
         self.consistency = self.options.consistency
-        for name in options:
+        for name, value in options.items():
             if name not in _POOL_NAMES:
-                raise InvalidArgument(name, options[name], f"the options of the pools are {', '.join(sorted(_POOL_NAMES))}")
+                raise InvalidArgument(name, value, f"the options of the pools are {', '.join(sorted(_POOL_NAMES))}")
         pool_options = PoolOptions(**options)
         self._catalog: Catalog = open_catalog(url, timeout_s=catalog_timeout_s)
         self._cache = TopologyCache(self._catalog, file=self.options.topology_file, poll_s=poll_s)
@@ -267,9 +267,7 @@ class ShardedEngine:
 
     # -- schema ---------------------------------------------------------------------------------------------------
 
-    def create_all(
-        self, metadata: MetaData, *, app_roles: Sequence[str] = (), checkfirst: bool = True
-    ) -> None:
+    def create_all(self, metadata: MetaData, *, app_roles: Sequence[str] = (), checkfirst: bool = True) -> None:
         """Create the tables on every shard, and record them with their keys in the catalog; idempotent.
 
         Also installs the schema `shardlib` where it is missing.

@@ -10,7 +10,7 @@ every isolation level.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator, Sequence
+from collections.abc import Awaitable, Generator, Sequence
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
@@ -31,7 +31,6 @@ _IDLE: Final = pq.TransactionStatus.IDLE
 _INERROR: Final = pq.TransactionStatus.INERROR
 _FATAL: Final = pq.ExecStatus.FATAL_ERROR
 _COMMIT_AFTER_CANCEL_S: Final = 30.0
-
 
 
 class UnknownCommit(psycopg.OperationalError):
@@ -67,6 +66,10 @@ class _Fenced(_Base):
         self.sealed = True
         self._gates = gates
 
+    def begin(self) -> PQGen[None]:
+        """Start the transaction now, with the gates of `arm`."""
+        return self._start_query()
+
     def _start_query(self) -> PQGen[None]:
         if not self.sealed:
             yield from super()._start_query()
@@ -93,7 +96,7 @@ class _Fenced(_Base):
         self.pgconn.send_query(self._get_tx_start_command() + b"; " + lock_sql(gates))
         yield from self._gates_answer(gates)
 
-    def _lock_gates_gen(self, gates: tuple[int, ...]) -> PQGen[None]:
+    def lock_more(self, gates: tuple[int, ...]) -> PQGen[None]:
         """Take more gates inside the running transaction."""
         self._check_connection_ok()
         self.pgconn.send_query(lock_sql(gates))
@@ -109,7 +112,7 @@ class _Fenced(_Base):
         self.pgconn.send_query(command)
         for result in (yield from generators.execute(self.pgconn)):
             if result.status == _FATAL:
-                raise pg.error_from_result(result, encoding=self.pgconn._encoding)
+                raise self._error(result)
 
     def one_row(self, query: bytes) -> Generator[Any, Any, tuple[str, ...] | None]:
         """The first row of a query as text, or None if there is none, or no such table or schema."""
@@ -118,7 +121,7 @@ class _Fenced(_Base):
         results = yield from generators.execute(self.pgconn)
         answer = results[-1]
         if answer.status == _FATAL:
-            error = pg.error_from_result(answer, encoding=self.pgconn._encoding)
+            error = self._error(answer)
             if isinstance(error, pg.UndefinedTable | pg.InvalidSchemaName):
                 return None
             raise error
@@ -131,7 +134,7 @@ class _Fenced(_Base):
         last = results[-1]
         if last.status != _FATAL:
             return
-        error = pg.error_from_result(last, encoding=self.pgconn._encoding)
+        error = self._error(last)
         if self.pgconn.transaction_status == _INERROR:
             yield from self._exec_command(b"ROLLBACK")
         if is_closed_gate(error):
@@ -147,6 +150,9 @@ class _Fenced(_Base):
                 f"grant it: engine.create_all(metadata, app_roles=[{self.info.user!r}])",
             ) from error
         raise error
+
+    def _error(self, result: pq.abc.PGresult) -> psycopg.Error:
+        return pg.error_from_result(result, encoding=self.info.encoding)
 
     def _commit_gen(self) -> PQGen[None]:
         status = self.pgconn.transaction_status
@@ -193,7 +199,7 @@ class AsyncFencedConnection(_Fenced, psycopg.AsyncConnection[Any]):  # type: ign
         Passing it on would cancel the statement in the server, which ends the wait for a synchronous replica while
         the row stays: acknowledged to nobody, visible to all.
         """
-        running = asyncio.ensure_future(super().commit())
+        running = asyncio.ensure_future(cast("Awaitable[None]", super().commit()))
         try:
             await asyncio.shield(running)
         except asyncio.CancelledError:
@@ -219,7 +225,7 @@ async def _outcome(running: asyncio.Future[None]) -> None:
 def drive(driver: FencedConnection | AsyncFencedConnection, generator: Generator[Any, Any, T]) -> T:
     """Run a generator of the connection to its end: blocking, or inside SQLAlchemy's greenlet for asyncio."""
     answer = driver.wait(generator)
-    return cast(T, await_only(answer) if isawaitable(answer) else answer)
+    return cast("T", await_only(answer) if isawaitable(answer) else answer)
 
 
 def start(driver: FencedConnection | AsyncFencedConnection, gates: tuple[int, ...]) -> None:
@@ -231,7 +237,7 @@ def start(driver: FencedConnection | AsyncFencedConnection, gates: tuple[int, ..
         psycopg.Error: the connection was lost, or the server refused for another reason.
     """
     driver.arm(gates)
-    drive(driver, driver._start_query())
+    drive(driver, driver.begin())
 
 
 def lock_gates(driver: FencedConnection | AsyncFencedConnection, gates: tuple[int, ...]) -> None:
@@ -240,4 +246,4 @@ def lock_gates(driver: FencedConnection | AsyncFencedConnection, gates: tuple[in
     Raises:
         GateClosed: one of them is gone; the transaction has been rolled back.
     """
-    drive(driver, driver._lock_gates_gen(gates))
+    drive(driver, driver.lock_more(gates))

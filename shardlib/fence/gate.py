@@ -54,10 +54,8 @@ class Closing:
     """WAL flush position read after the commit of the drop; None if it did not close."""
 
 
-def install(
-    conn: psycopg.Connection[Any], *, cluster_id: str, shard_id: str, roles: Sequence[str] = ()
-) -> None:
-    """Create or upgrade the schema `shardlib` in a shard's database; idempotent, safe to run at once from several places.
+def install(conn: psycopg.Connection[Any], *, cluster_id: str, shard_id: str, roles: Sequence[str] = ()) -> None:
+    """Create or upgrade the schema `shardlib` in a shard's database; idempotent, also when run at once twice.
 
     Args:
         conn: autocommit connection to the shard's primary.
@@ -198,9 +196,7 @@ def close_gate(
             return Closing(closed=True, attempts=attempts, elapsed_s=clock() - began, lsn=lsn)
         pause = attempt_ms / 1000 * (0.5 + jitter())
         if clock() - began + pause >= budget_s:
-            return Closing(
-                closed=False, attempts=attempts, elapsed_s=clock() - began, holders=holders(conn, number)
-            )
+            return Closing(closed=False, attempts=attempts, elapsed_s=clock() - began, holders=holders(conn, number))
         sleep(pause)
 
 

@@ -30,6 +30,6 @@ class Consistency(StrEnum):
             InvalidArgument: the word is none of `strong`, `session`, `eventual`.
         """
         try:
-            return cls(word)
+            return cls(str(word))
         except ValueError:
             raise InvalidArgument("consistency", word, "one of 'strong', 'session', 'eventual'") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import CursorResult
 
@@ -26,7 +26,7 @@ class FanOut:
         self._waits, self._connections = waits, tuple(connections)
         self._answers: dict[ShardConnection, CursorResult[Any]] | None = None
 
-    def __enter__(self) -> FanOut:
+    def __enter__(self) -> Self:
         for conn in self._connections:
             conn.fan_out = self
         return self

@@ -64,9 +64,7 @@ class InstanceKeys:
             )
         key = plan.spec.encode(values)
         if state.key is not None:
-            now = tuple(
-                state.dict.get(name, value) for name, value in zip(plan.attributes, values, strict=True)
-            )
+            now = tuple(state.dict.get(name, value) for name, value in zip(plan.attributes, values, strict=True))
             if now != values and (None in now or plan.spec.encode(now) != key):
                 raise ShardKeyChanged(plan.table.fullname, _single(values), _single(now))
         return key

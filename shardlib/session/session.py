@@ -88,7 +88,7 @@ class ShardedSession(Session):
         return unit
 
     def _adopt(self, conn: ShardConnection) -> None:
-        super().connection(bind_arguments={"bind": cast(Engine, _Begun(conn))})
+        super().connection(bind_arguments={"bind": cast("Engine", _Begun(conn))})
         if self._unit is not None and self._unit.transaction is None:
             self._unit.transaction = self.get_transaction()
 
@@ -160,9 +160,7 @@ class ShardedSession(Session):
         unit.will_write(legs, twophase=self.two_phase is not None)
         return legs[0]
 
-    def connection(
-        self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None
-    ) -> Connection:
+    def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None) -> Connection:
         """The connection of the pinned shard, its transaction begun.
 
         `execution_options` (such as an isolation level) take effect if the transaction has not begun yet.
@@ -182,7 +180,7 @@ class ShardedSession(Session):
         return self.engine._instance_keys  # noqa: SLF001 - shared by the engine's sessions
 
     @property
-    def connection_callable(self) -> Any:  # type: ignore[override]
+    def connection_callable(self) -> Any:
         """SQLAlchemy's hook of a flush: the connection for each object. Off while rows are written in bulk."""
         return None if self._bulk is not None else self._connection_for_object
 
@@ -278,19 +276,19 @@ def _shown(mapper: Any, clause: Any) -> str:
 
 @event.listens_for(ShardedSession, "do_orm_execute", propagate=True)
 def _route(state: ORMExecuteState) -> Any:
-    return route_statement(cast(ShardedSession, state.session), state)
+    return route_statement(cast("ShardedSession", state.session), state)
 
 
 @event.listens_for(ShardedSession, "after_transaction_end", propagate=True)
 def _savepoint_ended(session: Session, transaction: SessionTransaction) -> None:
     if transaction.nested:
-        for leg in cast(ShardedSession, session)._now.legs.values():  # noqa: SLF001 - our own class
+        for leg in cast("ShardedSession", session)._now.legs.values():  # noqa: SLF001 - our own class
             leg.savepoint_ended()
 
 
 @event.listens_for(ShardedSession, "before_commit", propagate=True)
 def _prepare(session: Session) -> None:
-    sharded = cast(ShardedSession, session)
+    sharded = cast("ShardedSession", session)
     if sharded.two_phase is not None and sharded._unit is not None and not session.in_nested_transaction():  # noqa: SLF001
         session.flush()  # SQLAlchemy flushes after this event; what is prepared must hold everything
         sharded.two_phase.prepare(sharded._unit)  # noqa: SLF001
@@ -298,13 +296,13 @@ def _prepare(session: Session) -> None:
 
 @event.listens_for(ShardedSession, "after_commit", propagate=True)
 def _finish(session: Session) -> None:
-    sharded = cast(ShardedSession, session)
+    sharded = cast("ShardedSession", session)
     if sharded.two_phase is not None and not session.in_nested_transaction():
         sharded.two_phase.finish()
 
 
 @event.listens_for(ShardedSession, "after_rollback", propagate=True)
 def _resolve(session: Session) -> None:
-    sharded = cast(ShardedSession, session)
+    sharded = cast("ShardedSession", session)
     if sharded.two_phase is not None:
         sharded.two_phase.resolve()

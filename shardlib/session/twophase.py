@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from uuid import uuid4
 
 import psycopg
@@ -63,7 +64,7 @@ class TwoPhase:
         *others, decider = (unit.legs[shard_id] for shard_id in sorted(unit.writes))
         self._txid, self._decider = uuid4().hex, decider
         try:
-            self._core.waits.run_all([lambda leg=leg: self._prepare(leg) for leg in others])  # type: ignore[misc]
+            self._core.waits.run_all([partial(self._prepare, leg) for leg in others])
             decision = sql.SQL("INSERT INTO shardlib.decision (txid, verdict) VALUES ({}, 'commit')")
             _command(decider.connection.driver, decision.format(self._txid))
         except pg.ObjectNotInPrerequisiteState as error:
@@ -128,7 +129,7 @@ class TwoPhase:
         self._core.waits.call(_settle_parts, self._core.cache.current, parts)
 
     def _act(self, leg: Leg, verb: str) -> bool:
-        command = sql.SQL("{} PREPARED {}").format(sql.SQL(verb), self._gid(leg))  # type: ignore[arg-type]
+        command = sql.SQL("{} PREPARED {}").format(sql.SQL(verb), self._gid(leg))
         try:
             _command(leg.connection.driver, command)
         except pg.UndefinedObject:
@@ -216,7 +217,7 @@ def _settle_one(
     if verdict != "pending":
         verb = "COMMIT" if verdict == "commit" else "ROLLBACK"
         try:
-            conn.execute(sql.SQL("{} PREPARED {}").format(sql.SQL(verb), str(gid)))  # type: ignore[arg-type]
+            conn.execute(sql.SQL("{} PREPARED {}").format(sql.SQL(verb), str(gid)))
         except pg.UndefinedObject:
             pass  # its session, or another settler, was faster
         _log.info("settled %s on shard %s: %s", gid, shard.name, verdict)

@@ -79,9 +79,7 @@ class Unit:
                 return self._take(needed, adopt, options)
             except _Refused as refused:
                 if self.legs:
-                    raise StaleTopology(
-                        refused.shard, refused.closed.gates[0], self.topology.version
-                    ) from None
+                    raise StaleTopology(refused.shard, refused.closed.gates[0], self.topology.version) from None
                 if not deadline:
                     deadline = time.monotonic() + self.core.reroute_timeout_s
                 self.topology = self.core.newer(self.topology, refused.closed, refused.shard, deadline, attempt)

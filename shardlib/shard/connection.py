@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from sqlalchemy.engine import Connection, CursorResult, Engine
 
@@ -31,18 +31,16 @@ class ShardConnection(Connection):
     @property
     def shard_id(self) -> str:
         """The id of the shard whose pool it came from, `s1`."""
-        shard_id: str = self.engine.shard_id  # type: ignore[attr-defined]
+        shard_id: str = getattr(self.engine, "shard_id")  # noqa: B009 - of ShardEngine, which is made of this class
         return shard_id
 
     @property
     def driver(self) -> FencedConnection:
         """The psycopg connection underneath (its asyncio kind has the same fence)."""
-        driver: FencedConnection = self.connection.driver_connection  # type: ignore[assignment]
-        return driver
+        driver: Any = self.connection.driver_connection
+        return cast("FencedConnection", driver)
 
-    def execute(  # type: ignore[override]
-        self, statement: Any, parameters: Any = None, *, execution_options: Any = None
-    ) -> CursorResult[Any]:
+    def execute(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> CursorResult[Any]:
         """As `Connection.execute`."""
         if self.fan_out is not None:
             return self.fan_out.answer(self, statement, parameters, execution_options)
@@ -54,9 +52,9 @@ class ShardConnection(Connection):
 
     def execution_options(self, **options: Any) -> Any:
         """As `Connection.execution_options`; repeating the isolation level of a begun transaction is no change."""
-        if "isolation_level" in options and self.in_transaction():
-            if options["isolation_level"] == self.get_execution_options().get("isolation_level"):
-                options = {name: value for name, value in options.items() if name != "isolation_level"}
+        level = options.get("isolation_level")
+        if level is not None and self.in_transaction() and level == self.get_execution_options().get("isolation_level"):
+            del options["isolation_level"]
         return super().execution_options(**options)
 
     def move_to(self, engine: Engine) -> None:

@@ -36,7 +36,10 @@ class Verdict:
     errors: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        return f"{dict(self.outcomes)} writes, {self.reads} reads, errors {dict(self.errors)}; {len(self.violations)} violations"
+        return (
+            f"{dict(self.outcomes)} writes, {self.reads} reads, errors {dict(self.errors)}; "
+            f"{len(self.violations)} violations"
+        )
 
 
 class Hammer:

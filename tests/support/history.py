@@ -82,7 +82,7 @@ def check_bag(writes: list[Write], held: list[Held], owners: Mapping[str, str]) 
 
 
 def check_counters(writes: list[Write], held: list[Held], owners: Mapping[str, str]) -> list[str]:
-    """Each counter lies between the acknowledged writes and those plus the unknown ones."""
+    """Each counter lies between acknowledged and acknowledged plus unknown writes."""
     ok, unknown = Counter[str](), Counter[str]()
     for write in writes:
         if write.outcome == "ok":
@@ -101,7 +101,7 @@ def check_counters(writes: list[Write], held: list[Held], owners: Mapping[str, s
 
 
 def check_registers(writes: list[Write], reads: list[Read]) -> list[str]:
-    """A read returns no less than what was acknowledged before it began, no more than what was begun before it ended."""
+    """A read returns no less than what was acknowledged before it began, no more than was begun before it ended."""
     acked: dict[str, list[tuple[float, int]]] = defaultdict(list)
     invoked: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for write in writes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from sqlalchemy import Column, ForeignKey, ForeignKeyConstraint, Integer, String, Table, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, deferred, mapped_column, relationship
 
@@ -25,7 +27,7 @@ order_tag = Table(
 
 class Currency(Base):
     __tablename__ = "currency"
-    __table_args__ = {"info": {"reference": True}}
+    __table_args__: ClassVar = {"info": {"reference": True}}
     code: Mapped[str] = mapped_column(String(3), primary_key=True)
     name: Mapped[str]
 
@@ -41,9 +43,7 @@ class Customer(Base):
 
 class Order(Base):
     __tablename__ = "orders"
-    __table_args__ = (
-        ForeignKeyConstraint(["tenant_id", "customer_id"], ["customer.tenant_id", "customer.id"]),
-    )
+    __table_args__ = (ForeignKeyConstraint(["tenant_id", "customer_id"], ["customer.tenant_id", "customer.id"]),)
     tenant_id: Mapped[str] = mapped_column(primary_key=True, info=KEY)
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     customer_id: Mapped[int | None]
@@ -70,7 +70,7 @@ class Payment(Base):
     tenant_id: Mapped[str] = mapped_column(primary_key=True, info=KEY)
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     kind: Mapped[str]
-    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "payment"}
+    __mapper_args__: ClassVar = {"polymorphic_on": "kind", "polymorphic_identity": "payment"}
 
 
 class CardPayment(Payment):
@@ -79,4 +79,4 @@ class CardPayment(Payment):
     tenant_id: Mapped[str] = mapped_column(primary_key=True, info=KEY)
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     card: Mapped[str]
-    __mapper_args__ = {"polymorphic_identity": "card"}
+    __mapper_args__: ClassVar = {"polymorphic_identity": "card"}

@@ -28,8 +28,12 @@ from tests.support.history import Read, Write
 metadata = MetaData()
 KEY: dict[str, Any] = {"info": {"shard_key": True}}
 bag = Table("bag", metadata, Column("key", String, nullable=False, **KEY), Column("uid", String, nullable=False))
-counter = Table("counter", metadata, Column("key", String, primary_key=True, **KEY), Column("v", BigInteger, nullable=False))
-register = Table("register", metadata, Column("key", String, primary_key=True, **KEY), Column("v", BigInteger, nullable=False))
+counter = Table(
+    "counter", metadata, Column("key", String, primary_key=True, **KEY), Column("v", BigInteger, nullable=False)
+)
+register = Table(
+    "register", metadata, Column("key", String, primary_key=True, **KEY), Column("v", BigInteger, nullable=False)
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,9 @@ class Worker:
                 uid, value = uuid4().hex, self.client.next_value(key)
                 began = time.monotonic()
 
-                def write(s: Any, key: str = key, uid: str = uid, value: int | None = value, p: float = pause_s) -> None:
+                def write(
+                    s: Any, key: str = key, uid: str = uid, value: int | None = value, p: float = pause_s
+                ) -> None:
                     self.client.write(s, key, uid, value, p)
 
                 error = (yield pin, write, True)[1]
@@ -194,7 +200,9 @@ def run_sync(settings: Settings, recorder: Recorder) -> None:
         raise failures[0]
 
 
-def _one_sync(engine: ShardedEngine, settings: Settings, pin: str | None, work: Callable[[Any], Any], commits: bool) -> Any:
+def _one_sync(
+    engine: ShardedEngine, settings: Settings, pin: str | None, work: Callable[[Any], Any], commits: bool
+) -> Any:
     try:
         with engine.session(*(() if pin is None else (pin,))) as session:
             if settings.isolation:
@@ -209,7 +217,9 @@ def _one_sync(engine: ShardedEngine, settings: Settings, pin: str | None, work: 
 
 async def run_async(settings: Settings, recorder: Recorder) -> None:
     client = Client(settings)
-    async with AsyncShardedEngine(settings.url, pool_size=3, reroute_timeout_s=10, pgbouncer=settings.pgbouncer) as engine:
+    async with AsyncShardedEngine(
+        settings.url, pool_size=3, reroute_timeout_s=10, pgbouncer=settings.pgbouncer
+    ) as engine:
 
         async def body(number: int) -> None:
             own = settings.own[number :: settings.threads]
