@@ -1,4 +1,6 @@
-"""The catalog in etcd. Keys, below `/shardlib/<name>/`: `head`, `chunk/<attempt>/<digest>`, `lease/<name>`, `token/<name>`."""
+"""The catalog in etcd. Keys, below `/shardlib/<name>/`: `head`, `chunk/<attempt>/<digest>`, `lease/<name>`,
+`token/<name>`.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,8 @@ class EtcdStore:
         """See `Store.grant`.
 
         The token is one more than the last one, which is kept in a key without a lease, and no less than the
-        revision of the store: it goes on rising when the store was restored from a backup with its revision bumped.
+        revision of the store: it goes on rising when the store was restored from a backup with its revision
+            bumped.
         """
         key, counter_key = self._lease_key(name), self._root + b"token/" + name.encode()
         held, _ = self._client.get(key, deadline)
@@ -83,13 +86,17 @@ class EtcdStore:
         sent_at = time.monotonic()
         lease, granted_s = self._client.lease_grant(math.ceil(ttl_s), deadline)
         value = f"{token} {holder}".encode()
-        conditions = [Condition(key, 0, created=True), Condition(counter_key, counter.mod_revision if counter else 0)]
+        conditions = [
+            Condition(key, 0, created=True),
+            Condition(counter_key, counter.mod_revision if counter else 0),
+        ]
         try:
             done = self._client.txn(
                 conditions, [Put(key, value, lease), Put(counter_key, str(token).encode())], deadline
             )
         except CatalogUnavailable:
-            # Whether or not it happened, nobody uses this lease: it takes the key away with it when it runs out.
+            # Whether or not it happened, nobody uses this lease: it takes the key away with it when it runs
+            # out.
             self._try_revoke(lease)
             raise
         if not done.done:

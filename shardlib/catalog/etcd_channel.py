@@ -1,7 +1,9 @@
-"""gRPC channels to the members of an etcd cluster: which one is asked, with what credentials, and what follows.
+"""gRPC channels to the members of an etcd cluster: which one is asked, with what credentials, and what
+follows.
 
-One channel for each member, made when it is needed, so that names resolve on their own and a dead or hung member is
-left for the next one at once. Everything that is not typed (gRPC and protobuf have no types) stays behind the client.
+One channel for each member, made when it is needed, so that names resolve on their own and a dead or hung
+member is left for the next one at once. Everything that is not typed (gRPC and protobuf have no types) stays
+behind the client.
 
 Fork: gRPC registers handlers of its own and a child may open new channels, unless the environment says
 `GRPC_ENABLE_FORK_SUPPORT=0`. The child never touches the parent's channels, not even to free them.
@@ -25,7 +27,7 @@ from shardlib.errors import CatalogUnavailable, InvalidArgument
 
 # gRPC writes notes about each fork to stderr unless told otherwise before it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-import grpc  # noqa: E402
+import grpc
 
 __all__ = ["Channels", "EtcdTarget", "Refused", "RpcError", "reason_of"]
 
@@ -33,8 +35,8 @@ _log = logging.getLogger("shardlib.catalog")
 RpcError: Final = grpc.RpcError
 
 _OPTIONS: Final = (
-    # 6 s: etcd refuses clients that ping more often than every 5 s. The HTTP/2 ping timeout is the one that cuts a
-    # connection to a stopped server; keepalive_timeout alone does not.
+    # 6 s: etcd refuses clients that ping more often than every 5 s. The HTTP/2 ping timeout is the one that
+    # cuts a connection to a stopped server; keepalive_timeout alone does not.
     ("grpc.keepalive_time_ms", 6000),
     ("grpc.keepalive_timeout_ms", 2000),
     ("grpc.http2.ping_timeout_ms", 2000),
@@ -42,7 +44,10 @@ _OPTIONS: Final = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.use_local_subchannel_pool", 1),  # else a new client shares the connection, and the back-off, of others
+    (
+        "grpc.use_local_subchannel_pool",
+        1,
+    ),  # else a new client shares the connection, and the back-off, of others
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.enable_retries", 0),  # a Txn must never be sent twice
 )
@@ -119,8 +124,12 @@ class Channels:
         """One unary call.
 
         Args:
-            again: whether it may be sent to another member when the outcome is unknown. False for what must not
-                happen twice; a refused token is renewed in either case, since a refused call had no effect.
+            method: such as `Range`.
+            request: its message.
+            deadline: covers every try.
+            again: whether it may be sent to another member when the outcome is unknown. False for what must
+                not happen twice; a refused token is renewed in either case, since a refused call had no
+                effect.
 
         Raises:
             CatalogUnavailable: no answer by the deadline; with `again=False` it may have happened.
@@ -176,6 +185,9 @@ class Channels:
         """Open a two-way stream to the member in use.
 
         Args:
+            method: such as `Watch`.
+            requests: messages to send, drawn by a thread of gRPC.
+            response: name of the messages that come back.
             timeout_s: time to log in.
             whole_s: time for the whole stream; None for no limit.
 
@@ -225,7 +237,9 @@ class Channels:
 
     def _log_in(self, at: int, timeout_s: float) -> str:
         stub = self._channel(at).unary_unary(
-            method_path("Authenticate"), request_serializer=_bytes, response_deserializer=parser("AuthenticateResponse")
+            method_path("Authenticate"),
+            request_serializer=_bytes,
+            response_deserializer=parser("AuthenticateResponse"),
         )
         request = new("AuthenticateRequest", name=self.target.user, password=self.target.password)
         try:
@@ -253,7 +267,9 @@ class Channels:
         if not target.tls:
             return grpc.insecure_channel(endpoint, options=_OPTIONS)
         credentials = grpc.ssl_channel_credentials(
-            root_certificates=target.pem("ca"), private_key=target.pem("key"), certificate_chain=target.pem("cert")
+            root_certificates=target.pem("ca"),
+            private_key=target.pem("key"),
+            certificate_chain=target.pem("cert"),
         )
         named = (("grpc.ssl_target_name_override", target.server_name),) if target.server_name else ()
         return grpc.secure_channel(endpoint, credentials, options=(*_OPTIONS, *named))

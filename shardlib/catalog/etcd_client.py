@@ -39,7 +39,9 @@ class Kv:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A comparison of a transaction: the key's modification or creation revision, 0 for a key that is not there."""
+    """A comparison of a transaction: the key's modification or creation revision, 0 for a key that is not
+    there.
+    """
 
     key: bytes
     revision: int
@@ -78,7 +80,7 @@ class EtcdClient:
     def get_many(self, keys: Collection[bytes], deadline: Deadline) -> dict[bytes, bytes]:
         """The values of those keys that are there."""
         found: dict[bytes, bytes] = {}
-        for batch in _batches(sorted(keys), lambda key: len(key), _GET_OPS_MAX):
+        for batch in _batches(sorted(keys), len, _GET_OPS_MAX):
             ops = [new("RequestOp", request_range=new("RangeRequest", key=key)) for key in batch]
             answer = self._call("Txn", new("TxnRequest", success=ops), deadline)
             for response in answer.responses:
@@ -100,17 +102,21 @@ class EtcdClient:
     def put_many(self, items: Mapping[bytes, bytes], deadline: Deadline) -> None:
         """Write keys that nobody else writes with other values: a batch may be sent more than once."""
         for batch in _batches(sorted(items), lambda key: len(key) + len(items[key]), _OPS_MAX):
-            ops = [new("RequestOp", request_put=new("PutRequest", key=key, value=items[key])) for key in batch]
+            ops = [
+                new("RequestOp", request_put=new("PutRequest", key=key, value=items[key])) for key in batch
+            ]
             self._call("Txn", new("TxnRequest", success=ops), deadline)
 
     def delete_many(self, keys: Collection[bytes], deadline: Deadline) -> None:
         """Delete keys; those that are not there are no error."""
-        for batch in _batches(sorted(keys), lambda key: len(key), _OPS_MAX):
+        for batch in _batches(sorted(keys), len, _OPS_MAX):
             ops = [new("RequestOp", request_delete_range=new("DeleteRangeRequest", key=key)) for key in batch]
             self._call("Txn", new("TxnRequest", success=ops), deadline)
 
     def txn(self, conditions: Collection[Condition], puts: Collection[Put], deadline: Deadline) -> TxnResult:
-        """Write if every condition holds. Sent once: after CatalogUnavailable it may have happened, or may yet."""
+        """Write if every condition holds. Sent once: after CatalogUnavailable it may have happened, or may
+        yet.
+        """
         compares = [
             new(
                 "Compare",
@@ -129,17 +135,19 @@ class EtcdClient:
         return TxnResult(bool(answer.succeeded), int(answer.header.revision))
 
     def lease_grant(self, ttl_s: int, deadline: Deadline) -> tuple[int, int]:
-        """A new lease: its id and the seconds it was granted for. A lost answer leaves one that nobody uses."""
+        """A new lease: its id and the seconds it was granted for. A lost answer leaves one that nobody
+        uses.
+        """
         answer = self._call("LeaseGrant", new("LeaseGrantRequest", TTL=ttl_s), deadline)
         return int(answer.ID), int(answer.TTL)
 
     def lease_keep(self, lease: int, deadline: Deadline) -> int:
         """Renew a lease; the seconds it now has, 0 if it is no more."""
         timeout_s = deadline.left()
+        requests = iter([new("LeaseKeepAliveRequest", ID=lease)])
         call, at = self._channels.stream(
-            "LeaseKeepAlive", iter([new("LeaseKeepAliveRequest", ID=lease)]), "LeaseKeepAliveResponse", timeout_s,
-            whole_s=timeout_s,
-        )  # fmt: skip
+            "LeaseKeepAlive", requests, "LeaseKeepAliveResponse", timeout_s, whole_s=timeout_s
+        )
         try:
             return int(next(call).TTL)
         except RpcError as error:
@@ -227,17 +235,22 @@ class _Watch:
         if answer.canceled:
             if answer.compact_revision:
                 raise CatalogUnavailable(
-                    self._channels.safe_url, f"revision {self._start} is compacted, up to {answer.compact_revision}"
+                    self._channels.safe_url,
+                    f"revision {self._start} is compacted, up to {answer.compact_revision}",
                 )
             self._channels.forget_token()
-            raise CatalogUnavailable(self._channels.safe_url, f"the watch was refused: {answer.cancel_reason}")
+            raise CatalogUnavailable(
+                self._channels.safe_url, f"the watch was refused: {answer.cancel_reason}"
+            )
         on_alive()
         puts = [event.kv for event in answer.events if event.type == 0]
         if puts:
             on_put(_kv(puts[-1]))
 
     def _ask(self) -> Iterator[Any]:
-        """The requests of the stream, drawn by a thread of gRPC: the watch, then one for progress at each beat."""
+        """The requests of the stream, drawn by a thread of gRPC: the watch, then one for progress at each
+        beat.
+        """
         yield new(
             "WatchRequest",
             create_request=new(

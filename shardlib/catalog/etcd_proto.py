@@ -1,8 +1,9 @@
 """The part of etcd's v3 messages that is used, declared at run time: no generated files.
 
-File and package have names of our own, so that another etcd client in the same process can declare the originals;
-on the wire only field numbers count, and the paths of the methods stay those of etcd. Fields that are not listed are
-skipped by protobuf. Source of the numbers: etcd's `rpc.proto`, `kv.proto` and `auth.proto`, release 3.5.
+File and package have names of our own, so that another etcd client in the same process can declare the
+originals; on the wire only field numbers count, and the paths of the methods stay those of etcd. Fields that
+are not listed are skipped by protobuf. Source of the numbers: etcd's `rpc.proto`, `kv.proto` and
+`auth.proto`, release 3.5.
 """
 
 from __future__ import annotations
@@ -57,7 +58,11 @@ _MESSAGES: Final[dict[str, dict[str, tuple[int, str]]]] = {
         "mod_revision": (6, "|int64"),
     },
     "TxnRequest": {"compare": (1, "*Compare"), "success": (2, "*RequestOp"), "failure": (3, "*RequestOp")},
-    "TxnResponse": {"header": (1, "ResponseHeader"), "succeeded": (2, "bool"), "responses": (3, "*ResponseOp")},
+    "TxnResponse": {
+        "header": (1, "ResponseHeader"),
+        "succeeded": (2, "bool"),
+        "responses": (3, "*ResponseOp"),
+    },
     "WatchCreateRequest": {
         "key": (1, "bytes"),
         "range_end": (2, "bytes"),
@@ -131,14 +136,15 @@ def _declare() -> dict[str, Any]:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return {
-        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}")) for name in _MESSAGES
+        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}"))
+        for name in _MESSAGES
     }
 
 
 _CLASSES: Final = _declare()
 
 
-def new(name: str, **fields: Any) -> Any:
+def new(name: str, /, **fields: Any) -> Any:
     """A message of that name, such as `RangeRequest`."""
     return _CLASSES[name](**fields)
 

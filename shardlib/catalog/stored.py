@@ -274,7 +274,7 @@ def _check_cluster(head: Head | None, topology: Topology) -> None:
     stored, new = (head.cluster_id, head.hash_function), (topology.cluster_id, topology.hash_function)
     if stored != new:
         raise InvalidTopology(
-            f"the catalog holds cluster {stored[0]!r} ({stored[1]}), the topology to publish is of {new[0]!r} ({new[1]})",
+            f"the catalog holds cluster {stored[0]!r} ({stored[1]}), not {new[0]!r} ({new[1]})",
             "a cluster keeps its id and its hash function for life",
         )
 

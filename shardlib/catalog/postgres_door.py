@@ -1,0 +1,185 @@
+"""The catalog's own connection to PostgreSQL: one at a time, every statement ends by its deadline."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+from shardlib.catalog.store import Deadline
+from shardlib.dsn import Dsn, scrub
+from shardlib.errors import CatalogUnavailable
+
+__all__ = ["Door", "Link"]
+
+_PAUSE_FIRST_S: Final = 0.05
+_PAUSE_MAX_S: Final = 0.5
+_inherited: list[object] = []
+"""Connections of the parent process: a forked child keeps them, so that they are never closed under the
+parent.
+"""
+T = TypeVar("T")
+Row = tuple[Any, ...]
+
+
+class Link(psycopg.Connection[Row]):
+    """A connection whose every wait ends by `deadline`: a server that is stopped keeps its sockets open for
+    ever.
+    """
+
+    deadline = Deadline(0.0)
+
+    def wait(self, gen: Generator[Any, Any, T], *args: Any, **kwargs: Any) -> T:
+        """Run a generator of psycopg as its parent does, and break off when the deadline has passed."""
+        return super().wait(self._bounded(gen), *args, **kwargs)
+
+    def _bounded(self, gen: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+        # psycopg resumes a generator that waits with "nothing is ready" several times a second.
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                if not ready and self.deadline.passed():
+                    gen.close()
+                    raise psycopg.OperationalError("no answer in time")
+                wanted = gen.send(ready)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+
+    def cut(self) -> None:
+        """Break whatever the connection waits for, from another thread."""
+        try:
+            with socket.socket(fileno=os.dup(self.fileno())) as twin:
+                twin.shutdown(socket.SHUT_RDWR)
+        except (OSError, psycopg.Error):
+            pass  # it is closed or broken already
+
+
+class Door:
+    """Runs statements on a connection that is opened when it is needed and dropped when it fails.
+
+    All statements are autocommitted and unprepared, so that PgBouncer may stand in between.
+    """
+
+    def __init__(self, dsn: Dsn) -> None:
+        self.safe_url = dsn.safe()
+        self._dsn = dsn
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._link: Link | None = None
+        self._closed = False
+
+    def open(self, deadline: Deadline) -> Link:
+        """A connection of the caller's own.
+
+        Raises:
+            CatalogUnavailable: it cannot be opened.
+        """
+        if self._closed:
+            raise CatalogUnavailable(self.safe_url, "this catalog object was closed")
+        given = conninfo_to_dict(self._dsn.reveal())
+        options: dict[str, object] = {
+            "connect_timeout": max(2, int(deadline.left())),
+            "application_name": "shardlib-catalog",
+            # Only a primary has the newest head; with several hosts this finds it.
+            "target_session_attrs": given.get("target_session_attrs", "read-write"),
+        }
+        try:
+            link = Link.connect(self._dsn.conninfo(**options), autocommit=True, prepare_threshold=None)
+        except psycopg.Error as error:
+            raise self.unavailable(error) from None
+        link.deadline = deadline
+        return link
+
+    def run(
+        self,
+        statement: str,
+        values: Sequence[object] | Mapping[str, object],
+        deadline: Deadline,
+        *,
+        again: bool = True,
+    ) -> list[Row]:
+        """Run one statement and return its rows, in binary form.
+
+        Args:
+            statement: with psycopg's placeholders.
+            values: for the placeholders.
+            deadline: covers every try.
+            again: whether it may be run anew after a failure whose outcome is unknown.
+
+        Raises:
+            CatalogUnavailable: no answer by the deadline; with `again=False` it may have happened.
+        """
+        pause_s = _PAUSE_FIRST_S
+        while True:
+            try:
+                return self._once(statement, values, deadline)
+            except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+                if not again or self._closed or deadline.left() <= pause_s:
+                    raise self.unavailable(error) from None
+            except psycopg.Error as error:
+                raise self.unavailable(error) from None
+            except CatalogUnavailable:
+                if self._closed or deadline.left() <= pause_s:
+                    raise
+            time.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            pause_s = min(_PAUSE_MAX_S, pause_s * 2)
+
+    def _once(
+        self, statement: str, values: Sequence[object] | Mapping[str, object], deadline: Deadline
+    ) -> list[Row]:
+        if not self._lock.acquire(timeout=deadline.left()):
+            raise CatalogUnavailable(self.safe_url, "other calls of this process hold the connection")
+        try:
+            if self._link is None or self._link.closed:
+                self._link = None
+                self._link = self.open(deadline)
+            link = self._link
+            link.deadline = deadline
+            try:
+                return rows(link, statement, values)
+            except psycopg.errors.Error as error:
+                if isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)):
+                    self._link = None
+                    link.close()
+                raise
+        finally:
+            self._lock.release()
+
+    def unavailable(self, error: psycopg.Error) -> CatalogUnavailable:
+        """The error for a caller, without secrets."""
+        text = " ".join(scrub(str(error), self._dsn.reveal()).split())
+        return CatalogUnavailable(self.safe_url, text or type(error).__name__)
+
+    def after_fork(self) -> None:
+        """In a forked child: put the parent's connection aside, untouched."""
+        _inherited.append(self._link)
+        self._reset()
+
+    def close(self) -> None:
+        """Close the connection; idempotent. A statement under way is broken off."""
+        self._closed = True
+        link = self._link
+        if link is not None:
+            link.cut()
+        with self._lock:
+            if self._link is not None:
+                self._link.close()
+                self._link = None
+
+
+def rows(link: Link, statement: str, values: Sequence[object] | Mapping[str, object]) -> list[Row]:
+    """The rows of one statement, none for one that returns nothing."""
+    with link.cursor(binary=True) as cursor:
+        cursor.execute(statement.encode(), values or None)
+        return cursor.fetchall() if cursor.description else []
