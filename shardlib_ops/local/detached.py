@@ -30,9 +30,7 @@ __all__ = ["Status", "default_directory", "down", "status", "up"]
 _END_S: Final = 120.0
 _ANSWER_S: Final = 1.0
 _ROOT: Final = Path(__file__).resolve().parents[2]
-_RUN: Final = (
-    "import sys; sys.path[:0] = [sys.argv[1]]; from shardlib_ops.local.detached import main; main(sys.argv)"
-)
+_RUN: Final = "import sys; sys.path[:0] = [sys.argv[1]]; from shardlib_ops.local.detached import main; main(sys.argv)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +79,7 @@ def up(directory: Path, options: Mapping[str, Any], timeout_s: float) -> Status:
         start_new_session=True,
     )  # fmt: skip
     if keeper.stdout is None:
-        raise InvalidTopology(
-            "the keeper of the cluster has no output", "this is a fault of shardlib: report it"
-        )
+        raise InvalidTopology("the keeper of the cluster has no output", "this is a fault of shardlib: report it")
     # The first servers, their replicas, the catalog and the topology, one after the other.
     with keeper.stdout as answer:
         ready, _, _ = select.select([answer], [], [], 4 * timeout_s + 10)
@@ -104,9 +100,7 @@ def up(directory: Path, options: Mapping[str, Any], timeout_s: float) -> Status:
     keeper.returncode = 0
     found = status(directory)
     if found is None:
-        raise InvalidTopology(
-            f"the cluster in {directory} left no state", "this is a fault of shardlib: report it"
-        )
+        raise InvalidTopology(f"the cluster in {directory} left no state", "this is a fault of shardlib: report it")
     return found
 
 
@@ -181,9 +175,7 @@ def down(directory: Path, *, keep: bool = False) -> bool:
         with contextlib.suppress(ProcessLookupError):
             os.kill(owner, signal.SIGTERM)
         if not wait_until(lambda: started_at(owner) != began or began is None, _END_S):
-            raise UnsupportedOperation(
-                f"process {owner} did not end within {_END_S:g} s", "kill it: the rest follows"
-            )
+            raise UnsupportedOperation(f"process {owner} did not end within {_END_S:g} s", "kill it: the rest follows")
     # What an owner left that was killed.
     registry.clean_abandoned()
     if not keep and directory.exists():

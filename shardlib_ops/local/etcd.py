@@ -123,11 +123,7 @@ class LocalEtcd:
         """
         if wait_until(lambda: not self.running or self.healthy(), self._timeout_s) and self.running:
             return
-        reason = (
-            f"was not healthy in {self._timeout_s:g} s"
-            if self.running
-            else f"ended with {self._daemon.exit_code}"
-        )
+        reason = f"was not healthy in {self._timeout_s:g} s" if self.running else f"ended with {self._daemon.exit_code}"
         self.kill()
         raise CatalogUnavailable(self.url, f"etcd {reason}; the end of {self.log}:\n{self._daemon.tail()}")
 

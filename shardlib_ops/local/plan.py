@@ -47,9 +47,7 @@ class Options:
         if self.etcd_members not in (1, 3):
             raise InvalidArgument("etcd_members", self.etcd_members, "1, or 3 to survive the loss of one")
         if self.synchronous and not self.replicas:
-            raise InvalidArgument(
-                "synchronous", True, "needs at least one replica that can confirm: replicas=1"
-            )
+            raise InvalidArgument("synchronous", True, "needs at least one replica that can confirm: replicas=1")
         name = self.catalog_name
         if not name or not all(part.isascii() and (part.isalnum() or part in "-_.") for part in name):
             raise InvalidArgument("catalog_name", name, "letters, digits, - _ .")
@@ -165,6 +163,4 @@ def load(directory: Path) -> Plan | None:
     except FileNotFoundError:
         return None
     except (KeyError, TypeError, ValueError) as error:
-        raise InvalidTopology(
-            f"{path} is not the state of a local cluster: {error}", "remove the folder"
-        ) from error
+        raise InvalidTopology(f"{path} is not the state of a local cluster: {error}", "remove the folder") from error

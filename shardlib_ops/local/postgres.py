@@ -141,9 +141,7 @@ class LocalServer:
 
     def connect(self, **options: Any) -> psycopg.Connection[Any]:
         """A psycopg connection as superuser, in autocommit unless said otherwise."""
-        return psycopg.connect(
-            Dsn(self.dsn).conninfo(), **{"autocommit": True, "connect_timeout": 10, **options}
-        )
+        return psycopg.connect(Dsn(self.dsn).conninfo(), **{"autocommit": True, "connect_timeout": 10, **options})
 
     def start(self) -> None:
         """Start it and wait until it takes connections; after a kill it recovers first.
@@ -266,9 +264,7 @@ class LocalServer:
         if wait_until(ready, self._timeout_s) and self.running:
             return
         reason = (
-            f"was not ready within {self._timeout_s:g} s"
-            if self.running
-            else f"ended with {self._daemon.exit_code}"
+            f"was not ready within {self._timeout_s:g} s" if self.running else f"ended with {self._daemon.exit_code}"
         )
         self._daemon.kill()
         tail = scrub(self._daemon.tail(), self.dsn)

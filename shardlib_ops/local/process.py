@@ -132,9 +132,7 @@ def running_in(directory: Path) -> list[int]:
 def _arguments(pid: int) -> list[str]:
     if not _LINUX:
         command = ["ps", "-ww", "-p", str(pid), "-o", "args="]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=_GONE_S, check=False
-        ).stdout.split()
+        return subprocess.run(command, capture_output=True, text=True, timeout=_GONE_S, check=False).stdout.split()
     try:
         return (_PROC / str(pid) / "cmdline").read_text(errors="surrogateescape").split("\0")
     except OSError:

@@ -99,11 +99,7 @@ def owner_of(directory: Path) -> int | None:
     """The living process that runs a cluster in a folder, None if there is none."""
     for path in _folder().glob("*.json"):
         entry = read(path)
-        if (
-            entry is not None
-            and entry.directory == str(directory)
-            and started_at(entry.owner) == entry.started
-        ):
+        if entry is not None and entry.directory == str(directory) and started_at(entry.owner) == entry.started:
             return entry.owner
     return None
 
@@ -144,8 +140,6 @@ def clean_abandoned() -> int:
                 path.unlink(missing_ok=True)
             continue
         if started_at(entry.owner) != entry.started:
-            _log.warning(
-                "cleaning the cluster in %s, whose owner (process %d) ended", entry.directory, entry.owner
-            )
+            _log.warning("cleaning the cluster in %s, whose owner (process %d) ended", entry.directory, entry.owner)
             count += clean(path)
     return count

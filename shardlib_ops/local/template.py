@@ -58,9 +58,7 @@ def template(postgres: Postgres, owner: Account | None, timeout_s: float) -> Pat
             building.mkdir(mode=0o700)
             if owner is not None:
                 os.chown(building, owner.uid, owner.gid)
-            postgres.run(
-                "initdb", f"--pgdata={building}", *_OPTIONS, home=root, owner=owner, timeout_s=timeout_s
-            )
+            postgres.run("initdb", f"--pgdata={building}", *_OPTIONS, home=root, owner=owner, timeout_s=timeout_s)
             _prepare(building)
             building.rename(target)
     return target
@@ -87,6 +85,4 @@ def clone(postgres: Postgres, source: Path, target: Path, owner: Account | None,
     with control.open("r+b") as file:
         # The first field of pg_control in every version; pg_resetwal renews the checksum and the WAL.
         file.write((secrets.randbits(62) | 1 << 62).to_bytes(8, sys.byteorder))
-    postgres.run(
-        "pg_resetwal", "--force", f"--pgdata={target}", home=target, owner=owner, timeout_s=timeout_s
-    )
+    postgres.run("pg_resetwal", "--force", f"--pgdata={target}", home=target, owner=owner, timeout_s=timeout_s)

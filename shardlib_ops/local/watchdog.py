@@ -19,9 +19,7 @@ __all__ = ["main", "spawn"]
 
 _LOOK_S: Final = 0.2
 _TRIES: Final = 5
-_RUN: Final = (
-    "import sys; sys.path[:0] = [sys.argv[1]]; from shardlib_ops.local.watchdog import main; main(sys.argv)"
-)
+_RUN: Final = "import sys; sys.path[:0] = [sys.argv[1]]; from shardlib_ops.local.watchdog import main; main(sys.argv)"
 
 
 def spawn(entry: Path) -> subprocess.Popen[bytes]:

@@ -63,9 +63,7 @@ async def eventually_async(
         await asyncio.sleep(every_s)
 
 
-def _ask(
-    condition: Callable[[], T], ignore: type[Exception] | tuple[type[Exception], ...]
-) -> tuple[str, T | None]:
+def _ask(condition: Callable[[], T], ignore: type[Exception] | tuple[type[Exception], ...]) -> tuple[str, T | None]:
     try:
         answer = condition()
     except ignore as error:

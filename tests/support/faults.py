@@ -61,9 +61,7 @@ class Proxy:
         self._ports = PortKeeper()
         self.port = self._ports.take()
         login = parts.netloc.rpartition("@")[0]
-        self.dsn = urlunsplit(
-            parts._replace(netloc=f"{login}@{HOST}:{self.port}" if login else f"{HOST}:{self.port}")
-        )
+        self.dsn = urlunsplit(parts._replace(netloc=f"{login}@{HOST}:{self.port}" if login else f"{HOST}:{self.port}"))
         self.connections = self.cuts = self.replies_lost = 0
         self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
