@@ -34,6 +34,4 @@ def hash_of(name: str) -> Callable[[bytes], int]:
     try:
         return HASH_FUNCTIONS[name]
     except (KeyError, TypeError):
-        raise InvalidArgument(
-            "hash_function", name, f"one of {', '.join(map(repr, HASH_FUNCTIONS))}"
-        ) from None
+        raise InvalidArgument("hash_function", name, f"one of {', '.join(map(repr, HASH_FUNCTIONS))}") from None

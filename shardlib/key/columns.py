@@ -57,6 +57,7 @@ class _At(NamedTuple):
 
 _DIALECT: Final = PGDialect_psycopg()  # type: ignore[no-untyped-call]
 _PADDED: Final = re.compile(r"N?CHAR\b")
+_PRECISION: Final = re.compile(r"TIMESTAMP\((\d)\)")
 _DETERMINISTIC: Final = re.compile(
     r"default|C|POSIX|ucs_basic|unicode|pg_c_utf8|pg_unicode_fast|C\.UTF-?8|[a-z]{2,3}_[A-Z]{2}(\.[\w-]+)?(@\w+)?|.*-x-icu",
     re.IGNORECASE,
@@ -82,9 +83,7 @@ def part_encoder(kind: TypeEngine[Any], where: str, *, deterministic: bool = Fal
     impl = kind.dialect_impl(_DIALECT)
     if isinstance(impl, TypeDecorator):
         if type(impl).bind_processor is not TypeDecorator.bind_processor:
-            raise InvalidShardKey(
-                where, f"its type {type(impl).__name__} hides what it stores (bind_processor)"
-            )
+            raise InvalidShardKey(where, f"its type {type(impl).__name__} hides what it stores (bind_processor)")
         return _decorated(impl, part_encoder(impl.impl_instance, where, deterministic=deterministic))
     if isinstance(impl, postgresql.DOMAIN):
         if impl.collation is not None and not deterministic:
@@ -179,9 +178,7 @@ def _numeric(kind: sqltypes.Numeric[Any], at: _At) -> PartEncoder:
     if scale is None and kind.precision is not None:
         scale = 0  # as in SQL: numeric(p) is numeric(p, 0)
     if scale is None or scale < 0:
-        raise at.unfit(
-            "without a scale, equal numbers may have different texts (1.5, 1.50); use Numeric(p, s)"
-        )
+        raise at.unfit("without a scale, equal numbers may have different texts (1.5, 1.50); use Numeric(p, s)")
     step = Decimal(1).scaleb(-scale)
 
     def encode(value: object) -> bytes:
@@ -244,8 +241,9 @@ def _datetime(kind: sqltypes.DateTime, at: _At) -> PartEncoder:
     depend on it.
     """
     aware = bool(kind.timezone)
-    precision = getattr(kind, "precision", None)
-    coarsest = 1 if precision is None else 10 ** max(0, 6 - precision)
+    found = _PRECISION.match(at.shown)  # the dialect's own type has lost it
+    precision = int(found[1]) if found else 6
+    coarsest = 10 ** max(0, 6 - precision)
     wanted = "an aware datetime" if aware else "a naive datetime"
 
     def encode(value: object) -> bytes:

@@ -56,9 +56,7 @@ def copy_key(fields: Sequence[bytes]) -> bytes:
     for field in fields:
         if field == rb"\N":
             raise InvalidShardKey(None, "a key column of the row is NULL")
-    return SEPARATOR.join(
-        [field if b"\\" not in field else _ESCAPE.sub(_unescaped, field) for field in fields]
-    )
+    return SEPARATOR.join([field if b"\\" not in field else _ESCAPE.sub(_unescaped, field) for field in fields])
 
 
 def _unescaped(found: re.Match[bytes]) -> bytes:

@@ -134,9 +134,7 @@ def _key_columns(table: Table) -> list[Column[Any]]:
     for column in table.columns:
         mark = column.info.get("shard_key", False)
         if not isinstance(mark, int):
-            raise InvalidArgument(
-                'info["shard_key"]', mark, f"True, or a position (column {table.key}.{column.name})"
-            )
+            raise InvalidArgument('info["shard_key"]', mark, f"True, or a position (column {table.key}.{column.name})")
         if mark is not False:
             marked.append((mark, column))
     positions = [mark for mark, _ in marked if mark is not True]
@@ -154,13 +152,9 @@ def _key_columns(table: Table) -> list[Column[Any]]:
 def _part(table: Table, column: Column[Any]) -> PartEncoder:
     where = f"{table.key}.{column.name}"
     if column.nullable:
-        raise InvalidShardKey(
-            where, "it is nullable, and NULL belongs to no shard; declare it nullable=False"
-        )
+        raise InvalidShardKey(where, "it is nullable, and NULL belongs to no shard; declare it nullable=False")
     if column.computed is not None or (column.identity is not None and column.identity.always):
-        raise InvalidShardKey(
-            where, "the server makes its values, so they are not known before a shard is chosen"
-        )
+        raise InvalidShardKey(where, "the server makes its values, so they are not known before a shard is chosen")
     return part_encoder(column.type, where, deterministic=column.info.get("deterministic") is True)
 
 
@@ -176,8 +170,10 @@ def _check_unique(table: Table, key: frozenset[str]) -> None:
         else:
             continue
         primary = isinstance(constraint, PrimaryKeyConstraint)
-        if held and not key <= held and (primary or constraint.info.get("per_shard") is not True):
-            what = "primary key" if primary else f"unique constraint {constraint.name or sorted(held)!r}"
+        if primary and not held:
+            continue  # SQLAlchemy's stand-in for a table without a primary key
+        if not key <= held and (primary or constraint.info.get("per_shard") is not True):
+            what = "primary key" if primary else f"unique constraint {str(constraint.name or '') or sorted(held)!r}"
             _refuse(table, what, key, primary=primary)
     for index in table.indexes:
         # A key column inside an expression does not count: rows of different keys could still collide.

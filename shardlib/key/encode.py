@@ -65,9 +65,7 @@ def encode_text(value: str) -> bytes:
     try:
         return str.encode(value)
     except UnicodeEncodeError:
-        raise InvalidShardKey(
-            value, "it holds a lone surrogate, which is no character and has no UTF-8"
-        ) from None
+        raise InvalidShardKey(value, "it holds a lone surrogate, which is no character and has no UTF-8") from None
 
 
 def encode_int(value: int) -> bytes:

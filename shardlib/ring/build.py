@@ -108,9 +108,7 @@ def add_shard(ring: Ring, shard_id: str, vnode_count: int) -> Ring:
     _checked_id(shard_id)
     _checked_count(vnode_count)
     if shard_id in ring.shard_ids:
-        raise InvalidTopology(
-            f"shard {shard_id!r} is on the ring already", "add a shard that owns nothing yet"
-        )
+        raise InvalidTopology(f"shard {shard_id!r} is on the ring already", "add a shard that owns nothing yet")
     if not len(ring):
         return build_ring({shard_id: vnode_count})
     share = TOKEN_COUNT * vnode_count // (len(ring) + vnode_count)
@@ -193,9 +191,7 @@ def remove_shard(ring: Ring, shard_id: str) -> Ring:
     staying = bytearray(map(gone.__ne__, ring.owners))
     nodes = turned(array("Q", compress(tokens, staying)), array("I", compress(ring.owners, staying)))
     number = [owner - (owner > gone) for owner in range(len(ring.shard_ids))]
-    return Ring(
-        nodes[0], map(number.__getitem__, nodes[1]), (*ring.shard_ids[:gone], *ring.shard_ids[gone + 1 :])
-    )
+    return Ring(nodes[0], map(number.__getitem__, nodes[1]), (*ring.shard_ids[:gone], *ring.shard_ids[gone + 1 :]))
 
 
 def _gaps(ring: Ring, gone: int) -> list[tuple[int, int, int]]:
@@ -247,10 +243,6 @@ def _checked_id(shard_id: str) -> str:
 
 
 def _checked_count(vnode_count: int) -> int:
-    if (
-        not isinstance(vnode_count, int)
-        or isinstance(vnode_count, bool)
-        or not 1 <= vnode_count <= VNODES_MAX
-    ):
+    if not isinstance(vnode_count, int) or isinstance(vnode_count, bool) or not 1 <= vnode_count <= VNODES_MAX:
         raise InvalidArgument("vnode_count", vnode_count, f"a whole number, 1 to {VNODES_MAX}")
     return vnode_count

@@ -39,9 +39,7 @@ def diff(old: Ring, new: Ring) -> tuple[RangeMove, ...]:
     if not len(old) or not len(new):
         if len(old) == len(new):
             return ()
-        raise InvalidTopology(
-            "an empty ring has no owners to move from or to", "compare rings that have shards"
-        )
+        raise InvalidTopology("an empty ring has no owners to move from or to", "compare rings that have shards")
     moves: list[RangeMove] = []
     i = j = start = 0
     while start <= TOKEN_MAX:

@@ -71,9 +71,7 @@ class Ring:
             self.tokens = array("Q", tokens)
             self.owners = array("H" if _owner_bytes(self._shard_count) == 2 else "I", owners)
         except (OverflowError, TypeError) as error:
-            raise InvalidTopology(
-                f"the ring holds a value that is no token or owner: {error}", _DAMAGED
-            ) from None
+            raise InvalidTopology(f"the ring holds a value that is no token or owner: {error}", _DAMAGED) from None
         listed = self.tokens.tolist()
         self._check(listed)
         self._shared = (1 << 8 * self.owners.itemsize) - 1
@@ -81,18 +79,14 @@ class Ring:
 
     def _check(self, tokens: list[int]) -> None:
         if len(tokens) != len(self.owners):
-            raise InvalidTopology(
-                f"the ring has {len(tokens)} tokens but {len(self.owners)} owners", _DAMAGED
-            )
+            raise InvalidTopology(f"the ring has {len(tokens)} tokens but {len(self.owners)} owners", _DAMAGED)
         if not all(map(lt, tokens, islice(tokens, 1, None))):
             raise InvalidTopology("the tokens of the ring do not rise strictly", _DAMAGED)
         if len(set(self.shard_ids)) != self._shard_count:
             raise InvalidTopology("the ring names a shard twice", _DAMAGED)
         used = set(self.owners)
         if used and max(used) >= self._shard_count:
-            raise InvalidTopology(
-                f"the ring has owner {max(used)}, but names {self._shard_count} shards", _DAMAGED
-            )
+            raise InvalidTopology(f"the ring has owner {max(used)}, but names {self._shard_count} shards", _DAMAGED)
         if len(used) != self._shard_count:
             idle = next(shard for i, shard in enumerate(self.shard_ids) if i not in used)
             raise InvalidTopology(
@@ -124,9 +118,7 @@ class Ring:
 
     def _refuse(self, token: int) -> NoReturn:
         if not self.tokens:
-            raise InvalidTopology(
-                "the ring has no virtual node, so no shard owns anything", "create a shard first"
-            )
+            raise InvalidTopology("the ring has no virtual node, so no shard owns anything", "create a shard first")
         raise InvalidArgument("token", token, "0 <= token < 2**64")
 
     def owner_of(self, token: int) -> str:
@@ -168,11 +160,7 @@ class Ring:
             return ()
         owner = self.shard_ids.index(shard_id)
         tokens = self.tokens
-        found = [
-            TokenRange(tokens[i - 1] + 1 if i else 0, tokens[i])
-            for i, o in enumerate(self.owners)
-            if o == owner
-        ]
+        found = [TokenRange(tokens[i - 1] + 1 if i else 0, tokens[i]) for i, o in enumerate(self.owners) if o == owner]
         if self.owners[0] == owner and tokens[-1] < TOKEN_MAX:
             found.append(TokenRange(tokens[-1] + 1, TOKEN_MAX))
         return merge_ranges(found)
@@ -245,9 +233,7 @@ def _owner_bytes(shard_count: int) -> int:
     return 2 if shard_count < 0xFFFF else 4  # the greatest number marks a shared slot
 
 
-def _table(
-    tokens: list[int], owners: array[int], shard_count: int, shared: int
-) -> tuple[array[int], array[int], int]:
+def _table(tokens: list[int], owners: array[int], shard_count: int, shared: int) -> tuple[array[int], array[int], int]:
     """The owner of each slot of tokens, by their leading bits; `shared` where a slot has several owners.
 
     Returns:

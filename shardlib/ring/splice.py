@@ -9,9 +9,7 @@ from collections.abc import Mapping
 __all__ = ["insert_nodes", "turned"]
 
 
-def insert_nodes(
-    tokens: array[int], owners: array[int], nodes: Mapping[int, int]
-) -> tuple[array[int], array[int]]:
+def insert_nodes(tokens: array[int], owners: array[int], nodes: Mapping[int, int]) -> tuple[array[int], array[int]]:
     """Tokens and owners with some virtual nodes more.
 
     Args:
