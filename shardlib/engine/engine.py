@@ -32,7 +32,6 @@ from shardlib.session.instances import InstanceKeys
 from shardlib.session.session import ShardedSession
 from shardlib.session.twophase import Settled, settle
 from shardlib.shard import PoolOptions, ShardConnection, ShardPools
-from shardlib.token import hash_of
 from shardlib.topology import Shard, Topology
 from shardlib.waits import GreenletWaits, ThreadWaits
 
@@ -138,8 +137,8 @@ class ShardedEngine:
         )
         event.listen(pools.dialect, "handle_error", _show_unknown_commit)
         self._core = Core(self._cache, pools, waits, self.options.reroute_timeout_s)
-        self._instance_keys = InstanceKeys(self._core.describe)
-        self._token = hash_of(self._cache.current.hash_function)
+        self._instance_keys = InstanceKeys(self._core.described)
+        self._token = self._core.token
         self._schema_lock = threading.Lock()
         self._cache.listen(self._topology_changed)
         _engines.add(self)

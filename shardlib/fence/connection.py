@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Generator, Sequence
-from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, cast
 
 import psycopg
 from psycopg import errors as pg
@@ -48,13 +47,15 @@ else:
 
 def lock_sql(gates: Sequence[int]) -> bytes:
     """The statement that takes these gates. Gate numbers are integers, so nothing needs quoting."""
-    names = ", ".join([f"shardlib.gate_{number:d}" for number in gates])
-    return f"LOCK TABLE {names} IN ACCESS SHARE MODE".encode()
+    if len(gates) == 1:
+        return b"LOCK TABLE shardlib.gate_%d IN ACCESS SHARE MODE" % gates
+    return b"LOCK TABLE %s IN ACCESS SHARE MODE" % b", ".join([b"shardlib.gate_%d" % number for number in gates])
 
 
 class _Fenced(_Base):
     """What the two connection classes share: no transaction without a gate, no commit that claims too much."""
 
+    is_async: ClassVar[bool] = False
     shard_name: str = "?"
     sealed: bool = False
     """Once set, a transaction starts only with the gates of `arm`. Unset while the driver sets a connection up."""
@@ -189,6 +190,8 @@ class FencedConnection(_Fenced, psycopg.Connection[Any]):
 class AsyncFencedConnection(_Fenced, psycopg.AsyncConnection[Any]):  # type: ignore[misc]
     """An asyncio psycopg connection behind the fence."""
 
+    is_async = True
+
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
         self.add_notice_handler(self._see_notice)
@@ -224,8 +227,8 @@ async def _outcome(running: asyncio.Future[None]) -> None:
 
 def drive(driver: FencedConnection | AsyncFencedConnection, generator: Generator[Any, Any, T]) -> T:
     """Run a generator of the connection to its end: blocking, or inside SQLAlchemy's greenlet for asyncio."""
-    answer = driver.wait(generator)
-    return cast("T", await_only(answer) if isawaitable(answer) else answer)
+    answer: Any = driver.wait(generator)
+    return cast("T", await_only(answer) if driver.is_async else answer)
 
 
 def start(driver: FencedConnection | AsyncFencedConnection, gates: tuple[int, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -40,20 +40,23 @@ class Core:
     waits: Waits
     reroute_timeout_s: float
     specs: WeakKeyDictionary[SaTable, KeySpec] = field(default_factory=WeakKeyDictionary)
+    token: Callable[[bytes], int] = field(init=False)
+    """Key bytes to token, by the hash function that the cluster was created with."""
+    described: Callable[[SaTable], KeySpec] = field(init=False)
+    """`describe`, as one object: what extraction keeps is tied to it."""
 
-    def token(self, key: bytes) -> int:
-        """The token of key bytes, by the cluster's hash function."""
-        return hash_of(self.cache.current.hash_function)(key)
+    def __post_init__(self) -> None:
+        self.token = hash_of(self.cache.current.hash_function)
+        self.described = self.describe
 
     def places(self, topology: Topology, keys: tuple[bytes, ...]) -> Needed:
         """The shards and gates that these keys need."""
-        hashed = hash_of(topology.hash_function)
         if len(keys) == 1:
-            place = topology.place(hashed(keys[0]))
+            place = topology.place(self.token(keys[0]))
             return {place.shard.id: (place.gate,)}
         needed: dict[str, set[int]] = {}
         for key in keys:
-            place = topology.place(hashed(key))
+            place = topology.place(self.token(key))
             needed.setdefault(place.shard.id, set()).add(place.gate)
         return {shard_id: tuple(sorted(gates)) for shard_id, gates in needed.items()}
 

@@ -37,7 +37,7 @@ def route_statement(session: ShardedSession, state: ORMExecuteState) -> Result[A
     options = state.execution_options
     if (word := options.get("consistency")) is not None:
         Consistency.of(word)
-    needs = needs_of(state.statement, state.parameters, session._core.describe)  # noqa: SLF001
+    needs = needs_of(state.statement, state.parameters, session._core.described)  # noqa: SLF001
     if session._pin is not None:  # noqa: SLF001
         legs = _pinned(session, needs)
     else:

@@ -88,11 +88,21 @@ class Unit:
     def _take(
         self, needed: Needed, adopt: Callable[[ShardConnection], None], options: Mapping[str, Any] | None
     ) -> list[Leg]:
+        if len(needed) == 1 and not self.legs:  # nearly always: the first statement of a transaction
+            ((shard_id, gates),) = needed.items()
+            shard = self.topology.shard_by_id(shard_id)
+            try:
+                conn = self.core.connect(shard, gates, options)
+            except GateClosed as closed:
+                raise _Refused(shard.name, closed) from None
+            adopt(conn)
+            leg = self.legs[shard_id] = Leg(shard, conn, gates)
+            return [leg]
         fresh: list[tuple[Shard, tuple[int, ...]]] = []
         for shard_id, gates in needed.items():
             leg = self.legs.get(shard_id)
             if leg is None:
-                fresh.append((self.topology.shard(shard_id), gates))
+                fresh.append((self.topology.shard_by_id(shard_id), gates))
             elif missing := tuple(gate for gate in gates if gate not in leg.gates):
                 try:
                     lock_gates(leg.connection.driver, missing)

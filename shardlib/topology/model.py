@@ -209,6 +209,10 @@ class Topology:
             raise InvalidTopology(f"there is no shard {name_or_id!r}", f"the shards are: {known}")
         return found
 
+    def shard_by_id(self, shard_id: str) -> Shard:
+        """A shard by the id that this topology itself gave; KeyError for another."""
+        return self._by_id[shard_id]
+
     def owners(self) -> tuple[Shard, ...]:
         """The shards that own at least one token, in the order of `shards`: those a scan must ask."""
         owning = set(self.ring.shard_ids)
