@@ -121,7 +121,7 @@ class TestOneMember:
             catalog.publish(following, expected=1)
         server.resume()
         # The first one may arrive now, before the second, or never: it is one write in any case.
-        eventually(lambda: catalog.version(), 5, "it answers", ignore=CatalogUnavailable)
+        eventually(catalog.version, 5, "it answers", ignore=CatalogUnavailable)
         catalog.publish(following, expected=1)
         assert facts(catalog.load()) == facts(following)
         head = catalog._store.read_head(Deadline(2))
@@ -222,7 +222,7 @@ class TestThreeMembers:
             )
             watcher.told_within(newest, HUNG_S)
             began = time.monotonic()
-            assert eventually(lambda: reader.version(), 5, "read", ignore=CatalogUnavailable) == newest
+            assert eventually(reader.version, 5, "read", ignore=CatalogUnavailable) == newest
             assert time.monotonic() - began < 4
             if fault == "kill":
                 member.start()
