@@ -20,7 +20,11 @@ __all__ = ["FanOut"]
 
 
 class FanOut:
-    """The answers of several connections to one statement. Use as a context manager around the executions."""
+    """The answers of several connections to one statement. Use as a context manager around the executions.
+
+    The statement is known by the execution option `FAN_OUT`: what else SQLAlchemy executes meanwhile (a savepoint, the
+    INSERTs of an autoflush) is none of this.
+    """
 
     def __init__(self, waits: Waits, connections: Sequence[ShardConnection]) -> None:
         self._waits, self._connections = waits, tuple(connections)

@@ -103,6 +103,12 @@ class ShardedSession(Session):
     def _hold_key(self, key: bytes, *, write: bool = False) -> Leg:
         return self._hold(lambda topology: self._core.places(topology, (key,)), write=write)[0]
 
+    def _enlist(self, leg: Leg) -> Connection:
+        """The leg's connection, inside the innermost savepoint: SQLAlchemy sets it when it first asks for it there."""
+        if self.in_nested_transaction():
+            return super().connection(bind_arguments={"bind": leg.connection.engine})
+        return leg.connection
+
     def _any_shard(self, topology: Topology) -> Needed:
         """Reference tables are the same everywhere: a shard this transaction is on already, or any."""
         for shard_id, leg in self._now.legs.items():
@@ -192,7 +198,7 @@ class ShardedSession(Session):
         key = self._instance_keys.writable_key_of(instance)
         if self._pin is not None and key != self._pin:
             self._check_pin((key,), f"a {type(instance).__name__}")
-        return self._hold_key(key, write=True).connection
+        return self._enlist(self._hold_key(key, write=True))
 
     # -- bulk operations ------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from shardlib.route.needs import Needs, Scope
 from shardlib.session.core import Needed
 from shardlib.session.fanout import FanOut
 from shardlib.session.unit import Leg
+from shardlib.shard.connection import FAN_OUT
 from shardlib.topology import Topology
 
 if TYPE_CHECKING:
@@ -48,9 +49,31 @@ def route_statement(session: ShardedSession, state: ORMExecuteState) -> Result[A
         state.bind_arguments["bind"] = legs[0].connection.engine
         return None
     if needs.writes:
-        return _merged([state.invoke_statement(bind_arguments={"bind": leg.connection.engine}) for leg in legs])
-    with FanOut(session._core.waits, [leg.connection for leg in legs]):  # noqa: SLF001
-        return _merged([state.invoke_statement(bind_arguments={"bind": leg.connection.engine}) for leg in legs])
+        return _on_each(state, legs, _synchronized(state, len(legs)))
+    with FanOut(session._core.waits, [leg.connection for leg in legs]) as fan_out:  # noqa: SLF001
+        return _on_each(state, legs, [{FAN_OUT: fan_out}] * len(legs))
+
+
+def _on_each(state: ORMExecuteState, legs: list[Leg], options: list[dict[str, Any]]) -> Result[Any]:
+    return _merged(
+        [
+            state.invoke_statement(bind_arguments={"bind": leg.connection.engine}, execution_options=own)
+            for leg, own in zip(legs, options, strict=True)
+        ]
+    )
+
+
+def _synchronized(state: ORMExecuteState, legs: int) -> list[dict[str, Any]]:
+    """How each shard's part of an UPDATE or DELETE brings the session's objects up to date.
+
+    Evaluating the criteria does it for all objects at once, whatever shard they are of: only the first part may.
+    """
+    how = state.execution_options.get("synchronize_session", "auto")
+    if how == "auto":
+        return [{"synchronize_session": "fetch"}] * legs
+    if how == "evaluate":
+        return [{}] + [{"synchronize_session": False}] * (legs - 1)
+    return [{}] * legs
 
 
 def _merged(results: list[Result[Any]]) -> Result[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from sqlalchemy.engine import Connection, CursorResult, Engine
 
@@ -11,7 +11,11 @@ from shardlib.topology import Shard
 if TYPE_CHECKING:
     from shardlib.fence.connection import FencedConnection
 
-__all__ = ["ShardConnection"]
+__all__ = ["FAN_OUT", "ShardConnection"]
+
+FAN_OUT: Final = "shardlib_fan_out"
+"""The execution option that marks the statement which several connections are asked."""
+
 
 
 class _Answers(Protocol):
@@ -42,7 +46,8 @@ class ShardConnection(Connection):
 
     def execute(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> CursorResult[Any]:
         """As `Connection.execute`."""
-        if self.fan_out is not None:
+        fan_out = self.fan_out
+        if fan_out is not None and execution_options and execution_options.get(FAN_OUT) is fan_out:
             return self.fan_out.answer(self, statement, parameters, execution_options)
         return super().execute(statement, parameters, execution_options=execution_options)
 
