@@ -25,7 +25,7 @@ def connect_pinned(core: Core, key: bytes) -> ShardConnection:
     """
     shard = core.cache.current.place(core.token(key)).shard
     conn = core.pools.engine(shard.id).connect()
-    conn.shard = shard
+    conn.shard, conn.pinned = shard, True
     event.listen(conn, "begin", lambda begun: _begin(core, key, begun))
     return conn
 

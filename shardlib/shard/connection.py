@@ -32,6 +32,9 @@ class ShardConnection(Connection):
     fan_out: _Answers | None = None
     """Set while one statement runs on several connections side by side."""
 
+    pinned: bool = False
+    """Whether each of its transactions is routed as it begins (`engine.connect`)."""
+
     @property
     def shard_id(self) -> str:
         """The id of the shard whose pool it came from, `s1`."""
@@ -48,8 +51,26 @@ class ShardConnection(Connection):
         """As `Connection.execute`."""
         fan_out = self.fan_out
         if fan_out is not None and execution_options and execution_options.get(FAN_OUT) is fan_out:
-            return self.fan_out.answer(self, statement, parameters, execution_options)
+            return fan_out.answer(self, statement, parameters, execution_options)
+        self._begin_first()
         return super().execute(statement, parameters, execution_options=execution_options)
+
+    def scalar(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> Any:
+        """As `Connection.scalar`."""
+        self._begin_first()
+        return super().scalar(statement, parameters, execution_options=execution_options)
+
+    def exec_driver_sql(
+        self, statement: str, parameters: Any = None, execution_options: Any = None
+    ) -> CursorResult[Any]:
+        """As `Connection.exec_driver_sql`."""
+        self._begin_first()
+        return super().exec_driver_sql(statement, parameters, execution_options)
+
+    def _begin_first(self) -> None:
+        # SQLAlchemy would begin after it has taken hold of the driver's connection, which routing may replace.
+        if self.pinned and not self.in_transaction():
+            self.begin()
 
     def execute_here(self, statement: Any, parameters: Any, execution_options: Any) -> CursorResult[Any]:
         """Execute on this connection alone, also while a statement runs on several."""

@@ -32,7 +32,7 @@ __all__ = ["PoolContext", "PoolStats", "ShardPool"]
 
 _OK: Final = int(ConnStatus.OK)
 _IDLE: Final = int(TransactionStatus.IDLE)
-_PEEK_AFTER_S: Final = 0.01
+_PEEK_AFTER_S: Final = 0.001
 """A connection that came back less long ago is used without a look at its socket."""
 
 
@@ -188,6 +188,8 @@ class ShardPool(Pool):
                 raise ShardUnavailable(self.name, explain(error, self.tried)[0]) from None
             raise
         self._budget.connected(self.member)
+        driver: Any = entry.driver_connection
+        driver.sealed = True  # set up: from now on a transaction starts with a gate, or not at all
         return entry
 
     def _usable(self, entry: PoolEntry) -> bool:
@@ -337,7 +339,7 @@ class ShardPool(Pool):
             self._entries.add(entry)
 
     def cut_hanging(self) -> None:
-        """Cut connections whose server took the login and then fell silent: whoever waits there gets an error."""
+        """Cut connections whose server took the login and then fell silent; whoever waits gets an error."""
         now = monotonic()
         with Section(self._budget):
             entries = list(self._entries)
