@@ -1,0 +1,152 @@
+"""INSERT: the key of every row, known before any server is asked."""
+
+# The structure of a statement is in attributes that SQLAlchemy's own compiler reads; a test checks those used here.
+# ruff: noqa: SLF001
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Select, literal_column, select
+from sqlalchemy.dialects.postgresql.dml import OnConflictDoUpdate
+from sqlalchemy.sql.dml import Insert
+from sqlalchemy.sql.elements import BindParameter, ClauseElement
+
+from shardlib.errors import ShardKeyChanged, ShardKeyRequired, UnsupportedCrossShardQuery, UnsupportedOperation
+from shardlib.route.merging import inside, walk
+from shardlib.route.needs import Describe, Needs, Scope
+from shardlib.route.place import KeyPlan, inserted_from
+from shardlib.route.plans import Given, Parameters, keys_of, plan_of
+from shardlib.route.target import GENERATED, GIVE_VALUE, MISSING, Target, grouped, key_of_row, sets_of
+from shardlib.route.values import Supplied
+
+__all__ = ["inserted"]
+
+_ROWS = "an INSERT of rows for several shards"
+
+
+def inserted(statement: Insert, target: Target, parameters: Parameters, describe: Describe) -> Needs:
+    """Decide which shard keys an INSERT needs; see `extract.needs_of`."""
+    _check_conflict(statement, target)
+    sets = sets_of(parameters)
+    inner = _inner_keys(statement, sets, describe)
+    if statement.select is not None:
+        if sets and (len(sets) > 1 or not isinstance(parameters, Mapping)):
+            raise UnsupportedOperation("INSERT from SELECT takes one set of parameters", "run it once for each")
+        needs = _from_select(statement, target, sets[0] if sets else {}, describe)
+    else:
+        needs = _from_rows(statement, target, sets)
+    if inner is None:
+        return needs
+    keys = tuple(dict.fromkeys((*needs.keys, *inner.keys)))
+    tables = tuple(dict.fromkeys((*needs.tables, *inner.tables)))
+    return Needs(Scope.KEYED, keys, True, tables, "a subquery in the values of an INSERT", needs.per_key_rows)
+
+
+def _from_rows(statement: Insert, target: Target, sets: Sequence[Given]) -> Needs:
+    rows: dict[bytes, list[int]] = {}
+    listed = list(_listed(statement, target))
+    if listed:
+        given = sets[0] if sets else {}
+        if len(sets) > 1 or any(GENERATED.fullmatch(name) for name in given):
+            raise UnsupportedOperation(
+                "an INSERT with several rows in values() takes no further rows", "give all rows in one place"
+            )
+        for index, row in enumerate(listed):
+            rows.setdefault(key_of_row(target, row, given, f"row {index}"), []).append(index)
+        return Needs(Scope.KEYED, tuple(rows), True, (target.table,), _ROWS, grouped(rows))
+    fixed: dict[Any, Any] = dict(statement._values or {})
+    for index, given in enumerate(sets or ({},)):
+        row = {**fixed, **given}
+        rows.setdefault(key_of_row(target, row, given, f"row {index}"), []).append(index)
+    many = len(sets) > 1
+    return Needs(
+        Scope.KEYED,
+        tuple(rows),
+        True,
+        (target.table,),
+        _ROWS if len(rows) > 1 else None,
+        grouped(rows) if many else None,
+    )
+
+
+def _listed(statement: Insert, target: Target) -> Iterator[Mapping[Any, Any]]:
+    for group in statement._multi_values:
+        for row in group:
+            if isinstance(row, Mapping):
+                yield row
+            else:
+                yield dict(zip(target.table.c.keys(), row, strict=False))
+
+
+def _check_conflict(statement: Insert, target: Target) -> None:
+    clause = statement._post_values_clause
+    if clause is None:
+        return
+    for element in walk((clause,)):
+        if not isinstance(element, OnConflictDoUpdate):
+            continue
+        for position in range(len(target.columns)):
+            value = target.find(element.update_values_to_set, position)
+            if value is not MISSING:
+                shown = value.effective_value if isinstance(value, BindParameter) else str(value)
+                raise ShardKeyChanged(target.table.fullname, "that of the row in conflict", shown)
+
+
+def _inner_keys(statement: Insert, sets: Sequence[Given], describe: Describe) -> Needs | None:
+    """The keys that subqueries in the values, in RETURNING or in ON CONFLICT need; None without subqueries."""
+    values: list[Any] = [*(statement._values or {}).values(), *statement._returning]
+    values += [value for group in statement._multi_values for row in group for value in _row_values(row)]
+    clause = statement._post_values_clause
+    if clause is not None:
+        for element in walk((clause,)):
+            if isinstance(element, OnConflictDoUpdate):
+                values += element.update_values_to_set.values()
+                values.append(element.update_whereclause)
+    found = [v for v in values if isinstance(v, ClauseElement) and next(inside((v,)), None) is not None]
+    if not found:
+        return None
+    rows: Select[Any] = select(literal_column("1")).where(
+        *(value.is_(None) for value in found if hasattr(value, "is_"))
+    )
+    plan, own = plan_of(rows, None, describe, lambda: rows)
+    if plan.keys is None or plan.raw or plan.writes:
+        raise UnsupportedCrossShardQuery(
+            "a subquery in an INSERT has no shard key",
+            "give it one in its condition, or read the value first",
+        )
+    keys: dict[bytes, None] = {}
+    for given in sets or ({},):
+        keys.update(dict.fromkeys(keys_of(plan.keys, Supplied((), {**own, **given}))))
+    return Needs(Scope.KEYED, tuple(keys), False, plan.tables) if plan.tables else None
+
+
+def _row_values(row: Any) -> Sequence[Any]:
+    return tuple(row.values()) if isinstance(row, Mapping) else tuple(row)
+
+
+def _from_select(statement: Insert, target: Target, given: Given, describe: Describe) -> Needs:
+    """INSERT ... SELECT: what is inserted must have keys that follow from constants, and so must what is read."""
+    names = list(statement._select_names or ())
+    places: list[int] = []
+    for position, column in enumerate(target.columns):
+        found = [i for i, name in enumerate(names) if name in target.names[position]]
+        if not found:
+            raise ShardKeyRequired(
+                f"INSERT from SELECT leaves out the shard key '{target.table.fullname}.{column.key}'",
+                GIVE_VALUE,
+            )
+        places.append(found[0])
+    source: Any = statement.select
+    plan, own = plan_of(
+        source, None, describe, lambda: source, extra=inserted_from(target.table, target.key, tuple(places))
+    )
+    if plan.raw or plan.writes or plan.keys is None or plan.extra is None:
+        raise ShardKeyRequired(
+            f"INSERT into {target.table.fullname!r} from a SELECT that is not bound to a shard key",
+            "give the key in the SELECT's condition and select it, or read the rows and insert them",
+        )
+    supplied = Supplied((), {**own, **given})
+    plans: tuple[KeyPlan, ...] = (plan.extra, *plan.keys)
+    tables = tuple(dict.fromkeys((target.table, *plan.tables)))
+    return Needs(Scope.KEYED, keys_of(plans, supplied), True, tables, "INSERT from SELECT")

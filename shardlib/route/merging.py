@@ -1,0 +1,174 @@
+"""Why the rows of several shards, put together, are not yet the answer."""
+
+# The structure of a statement is in attributes that SQLAlchemy's own compiler reads; a test checks those used here.
+# ruff: noqa: SLF001
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from sqlalchemy.dialects.postgresql import aggregate_order_by
+from sqlalchemy.sql.elements import (
+    AbstractTextClause,
+    ClauseElement,
+    ColumnClause,
+    FunctionFilter,
+    Label,
+    Over,
+    TextClause,
+    WithinGroup,
+)
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.selectable import CompoundSelect, Select, SelectBase
+
+from shardlib.errors import UnsupportedOperation
+from shardlib.route.env import Classes, Instance, Node
+from shardlib.route.functions import AGGREGATES, SCALARS
+
+__all__ = ["aggregates", "cuts_rows", "expressions_of", "inside", "merge_of", "row_order", "walk"]
+
+_FRAGMENT = re.compile(
+    r"\b(select|from|table|values|with|or|union|except|intersect|insert|update|delete)\b|;|--|/\*", re.IGNORECASE
+)
+
+
+def _check_text(text: str) -> None:
+    """A text fragment is not understood; only one that cannot read a table or loosen a condition may pass."""
+    found = _FRAGMENT.search(text)
+    if found is not None:
+        raise UnsupportedOperation(
+            f"the text fragment {text[:60]!r} holds {found[0]!r}, so what it touches cannot be told",
+            "write it with SQLAlchemy's expressions, or run it in a session pinned to a shard key: engine.session(key)",
+        )
+
+
+def expressions_of(select: Select[Any]) -> Iterator[ClauseElement]:
+    """Yield every expression of a SELECT outside of its FROM list."""
+    yield from select._raw_columns
+    yield from select._where_criteria
+    yield from select._having_criteria
+    yield from select._order_by_clauses
+    yield from select._group_by_clauses
+    yield from select._distinct_on
+    for clause in (select._limit_clause, select._offset_clause, select._fetch_clause):
+        if clause is not None:
+            yield clause
+    for fragment, _ in (*select._prefixes, *select._suffixes):
+        yield fragment
+    for hint in (*select._hints.values(), *(text for _, text in select._statement_hints)):
+        _check_text(hint)
+
+
+def inside(expressions: Iterable[ClauseElement]) -> Iterator[SelectBase]:
+    """Walk expressions and yield the outermost subqueries.
+
+    Raises:
+        UnsupportedOperation: a text fragment that could touch anything.
+    """
+    for element in walk(expressions):
+        if isinstance(element, SelectBase):
+            yield element
+        elif isinstance(element, TextClause):
+            _check_text(element.text)
+        elif isinstance(element, AbstractTextClause):
+            _check_text(f"select {type(element).__name__}")
+        elif isinstance(element, ColumnClause) and element.is_literal:
+            _check_text(element.name)
+
+
+def walk(expressions: Iterable[ClauseElement]) -> Iterator[ClauseElement]:
+    """Every element of some expressions, in order, not looking into subqueries or tables."""
+    todo: list[Any] = list(expressions)[::-1]
+    while todo:
+        element = todo.pop()
+        yield element
+        if not isinstance(element, SelectBase | ColumnClause):
+            todo.extend(reversed(list(element.get_children())))
+
+
+def _functions(select: Select[Any]) -> Iterator[str]:
+    """What may turn rows into fewer, or look across them: a reason for each."""
+    shown = (*select._raw_columns, *select._having_criteria, *select._order_by_clauses)
+    for element in walk(shown):
+        if isinstance(element, Over):
+            yield "a window function"
+        elif isinstance(element, FunctionFilter | WithinGroup | aggregate_order_by):
+            yield "an aggregate"
+        elif isinstance(element, FunctionElement):
+            name = str(getattr(element, "name", type(element).__name__)).lower()
+            if name in AGGREGATES:
+                yield f"an aggregate, {name}()"
+            elif name not in SCALARS:
+                yield f"the function {name}(), which may be an aggregate"
+        elif isinstance(element, TextClause) and "(" in element.text:
+            yield "a text fragment with a call, which may be an aggregate"
+        elif isinstance(element, ColumnClause) and element.is_literal and "(" in element.name:
+            yield "a literal column with a call, which may be an aggregate"
+
+
+def row_order(select: Select[Any] | CompoundSelect[Any]) -> str | None:
+    """Return why a statement's own order or cut needs a merge."""
+    if select._limit_clause is not None or select._fetch_clause is not None:
+        return "LIMIT"
+    if select._offset_clause is not None:
+        return "OFFSET"
+    return "ORDER BY" if len(select._order_by_clauses) else None
+
+
+def cuts_rows(select: Select[Any]) -> bool:
+    """Whether a condition on the output of a subquery cannot be put inside of it."""
+    if row_order(select) in {"LIMIT", "OFFSET"} or select._distinct_on:
+        return True
+    if "a window function" in _functions(select):
+        return True
+    return not select._group_by_clauses and aggregates(select)
+
+
+def aggregates(select: Select[Any]) -> bool:
+    """Whether a SELECT may make one row of all, even of none, when it has no GROUP BY."""
+    reasons = set(_functions(select)) - {"a window function"}
+    return bool(reasons) or bool(select._having_criteria)
+
+
+def merge_of(  # noqa: PLR0911 - one return a reason
+    select: Select[Any],
+    classes: Classes,
+    anchor: Instance | None,
+    node_of: Callable[[ClauseElement], Node | None],
+    *,
+    top: bool,
+) -> str | None:
+    """Return why the shards' rows of a SELECT cannot be put together, or None when they can.
+
+    Groups (and distinct rows) that hold the shard key live on one shard each, so their aggregates are right there.
+
+    Args:
+        select: as rendered.
+        classes: equal columns in it.
+        anchor: an instance of a sharded table whose key every row has; None when no column shows it.
+        node_of: resolves its columns.
+        top: whether the order of the rows reaches the reader.
+    """
+    order = row_order(select)
+    if order is not None and (top or order != "ORDER BY"):
+        return order
+    key = {classes.find(node) for node in anchor.nodes} if anchor is not None else None
+
+    def holds_key(columns: Iterable[ClauseElement]) -> bool:
+        plain = (column.element if isinstance(column, Label) else column for column in columns)
+        return key is not None and key <= {
+            classes.find(node) for column in plain if (node := node_of(column)) is not None
+        }
+
+    if select._distinct_on:
+        return "DISTINCT ON"
+    if select._distinct and not holds_key(select.selected_columns):
+        return "DISTINCT"
+    if select._group_by_clauses:
+        if not holds_key(select._group_by_clauses):
+            return "GROUP BY"
+        return "a window function" if "a window function" in _functions(select) else None
+    if select._having_criteria:
+        return "HAVING"
+    return next(_functions(select), None)
