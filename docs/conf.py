@@ -43,9 +43,7 @@ nitpick_ignore_regex = [
 ]
 
 
-def keep_colons(
-    _app: object, what: str, _name: str, _object: object, _opts: object, lines: list[str]
-) -> None:
+def keep_colons(_app: object, what: str, _name: str, _object: object, _opts: object, lines: list[str]) -> None:
     """Napoleon reads `word: text` at the start of an attribute as its type. We never write types there."""
     if what in ("attribute", "property"):
         lines[:0] = ["..", ""]  # an empty comment

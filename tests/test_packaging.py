@@ -50,17 +50,11 @@ def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clean")
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
-    packages = Path(
-        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
-    )
+    packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet"]
     run(*pip, built.wheel, cwd=folder)
     # A plain path: .pth files of that folder, such as the one of an editable install, are not read.
-    here = Path(
-        run(
-            sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder
-        ).strip()
-    )
+    here = Path(run(sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
     (packages / "dependencies.pth").write_text(f"{here}\n")
     return python
 

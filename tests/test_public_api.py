@@ -35,6 +35,7 @@ RETRYABLE = {"CatalogUnavailable", "PoolTimeout", "ShardUnavailable", "StaleTopo
 BASES = {"RetryableError", "ShardlibError"}
 
 SAMPLES: dict[str, errors.ShardlibError] = {
+    "BulkLoadIncomplete": errors.BulkLoadIncomplete("orders", {"a": 3}, ["b"], ["c"], "the connection was lost"),
     "CatalogUnavailable": errors.CatalogUnavailable("etcd://127.0.0.1:2379/shop", "no answer within 3 s"),
     "CommitOutcomeUnknown": errors.CommitOutcomeUnknown("shard-01", "the connection was lost"),
     "CrossShardTransaction": errors.CrossShardTransaction(["shard-01", "shard-02"]),
@@ -82,9 +83,7 @@ def test_each_public_class_says_what_it_is(name: str) -> None:
         for attribute, member in vars(cls).items()
         if not attribute.startswith("_") and (inspect.isfunction(member) or isinstance(member, property))
     ]
-    silent = [
-        attribute for attribute, member in public if not inspect.getdoc(getattr(cls, attribute, member))
-    ]
+    silent = [attribute for attribute, member in public if not inspect.getdoc(getattr(cls, attribute, member))]
     assert not silent, f"without a docstring: {silent}"
 
 
@@ -122,9 +121,7 @@ class TestError:
         assert cls.__doc__ != Exception.__doc__
 
     def test_is_retryable_exactly_if_nothing_was_applied(self, name: str) -> None:
-        assert issubclass(getattr(errors, name), errors.RetryableError) == (
-            name in RETRYABLE | {"RetryableError"}
-        )
+        assert issubclass(getattr(errors, name), errors.RetryableError) == (name in RETRYABLE | {"RetryableError"})
 
     @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
     def test_pickles(self, name: str, protocol: int) -> None:
