@@ -32,7 +32,9 @@ def python(session: nox.Session, *arguments: str, **env: str) -> None:
 def pytest(session: nox.Session, *arguments: str, interpreter: str = sys.executable) -> None:
     """Run pytest, and leave a report for the total at the end when one is asked for."""
     report = [f"--junit-xml={Path(REPORTS) / session.name}.xml"] if REPORTS else []
-    session.run(interpreter, "-m", "pytest", *arguments, *report, *session.posargs, external=True)
+    # A file that does not even import must not hide what the others say.
+    rest = ["--continue-on-collection-errors", *report, *session.posargs]
+    session.run(interpreter, "-m", "pytest", *arguments, *rest, external=True)
 
 
 @nox.session
