@@ -1,0 +1,1 @@
+"""Changes of the topology while applications run."""
