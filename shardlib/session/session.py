@@ -295,9 +295,9 @@ def _savepoint_ended(session: Session, transaction: SessionTransaction) -> None:
 @event.listens_for(ShardedSession, "before_commit", propagate=True)
 def _prepare(session: Session) -> None:
     sharded = cast("ShardedSession", session)
-    if sharded.two_phase is not None and sharded._unit is not None and not session.in_nested_transaction():  # noqa: SLF001
+    if sharded.two_phase is not None and not session.in_nested_transaction():
         session.flush()  # SQLAlchemy flushes after this event; what is prepared must hold everything
-        sharded.two_phase.prepare(sharded._unit)  # noqa: SLF001
+        sharded.two_phase.prepare(sharded._now)  # noqa: SLF001
 
 
 @event.listens_for(ShardedSession, "after_commit", propagate=True)

@@ -118,7 +118,12 @@ def _unpinned(session: ShardedSession, needs: Needs, all_shards: bool, order_is_
                 "name the shard key in its criteria, or mean it: execution_options(all_shards=True)",
             )
         legs = session._hold(_every_shard, write=needs.writes)  # noqa: SLF001
-    if len(legs) > 1 and needs.merge and not (order_is_per_parent and needs.merge == "ORDER BY"):
+    if (
+        len(legs) > 1
+        and needs.merge
+        and needs.per_key_rows is None
+        and not (order_is_per_parent and needs.merge == "ORDER BY")
+    ):
         raise UnsupportedCrossShardQuery(
             f"{needs.merge} over {len(legs)} shards would need their rows to be merged, which is not done yet",
             "name one shard key in the criteria, or run it for each shard in a pinned session and put the parts "
@@ -139,15 +144,16 @@ def _rows_by_shard(
 ) -> Result[Any]:
     """Several rows or parameter sets: each goes to the shard of its key, in one statement a shard."""
     groups = session._by_leg({key: list(positions) for key, positions in rows.items()})  # noqa: SLF001
-    results = []
+    results: list[Result[Any]] = []
+    whole = state.parameters
     for leg, positions in groups:
-        statement, parameters = state.statement, state.parameters
+        statement = state.statement
         if len(groups) > 1:
-            statement, parameters = _only(statement, parameters, positions)
+            # Parameters given to invoke_statement are laid over these, set by set: so these must be the ones.
+            statement, state.parameters = _only(statement, whole, positions)
         with session._in_bulk(leg):  # noqa: SLF001
-            results.append(
-                state.invoke_statement(statement, parameters, bind_arguments={"bind": leg.connection.engine})
-            )
+            results.append(state.invoke_statement(statement, bind_arguments={"bind": leg.connection.engine}))
+    state.parameters = whole
     return results[0] if len(results) == 1 else _merged(results)
 
 
