@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from shardlib_ops.cli import local, render
+from shardlib_ops.cli import demo, local, render
 
 __all__ = ["app", "main"]
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(local.app, name="local")
+app.command()(demo.demo)
 
 
 def _version(asked: bool) -> None:
@@ -56,3 +57,7 @@ def main() -> None:
             raise
         render.failure(error, as_json="--json" in sys.argv)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

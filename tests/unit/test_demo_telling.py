@@ -1,0 +1,150 @@
+"""What the demo prints: code as it runs, checks that count, a picture, percentiles, options."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+from rich.console import Console
+
+from shardlib.errors import InvalidArgument
+from shardlib_ops.demo.latency import percentile
+from shardlib_ops.demo.picture import spread_svg, unevenness
+from shardlib_ops.demo.story import Options
+from shardlib_ops.demo.teller import Teller, source_of
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def one_act(number: int) -> int:
+    """Not shown."""
+    # shown
+    return number * 2
+
+
+async def another() -> None:
+    if one_act(1) != 2:
+        raise AssertionError
+
+
+class Shown:
+    """Not shown."""
+
+    name = "shown"
+
+
+def told(encoding: str = "utf-8") -> tuple[Teller, io.TextIOWrapper]:
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    return Teller(Console(file=out, width=100, highlight=False)), out
+
+
+def printed(out: io.TextIOWrapper) -> str:
+    out.flush()
+    out.seek(0)
+    return out.read()
+
+
+def test_the_source_is_that_of_the_body() -> None:
+    assert source_of(one_act) == "# shown\nreturn number * 2"
+    assert source_of(another) == "if one_act(1) != 2:\n    raise AssertionError"
+    assert source_of(Shown) == 'class Shown:\n    name = "shown"'
+
+
+def test_one_failed_check_is_not_hidden_by_a_later_one() -> None:
+    teller, out = told()
+    teller.check("the sum is right", False)
+    teller.check("the sum is right", True)
+    assert not teller.all_right
+    assert teller.checks == [("the sum is right", False), ("the sum is right", True)]
+    assert "✗ NOT SO: the sum is right" in printed(out)
+
+
+def test_an_expected_error_that_does_not_come_is_a_failed_check() -> None:
+    teller, out = told()
+    teller.expect(ValueError("no [bold]such[/] thing"), "it is refused")
+    assert teller.all_right
+    teller.expect(None, "it is refused")
+    assert not teller.all_right
+    assert "ValueError: no [bold]such[/] thing" in printed(out), "texts are never read as markup"
+
+
+def test_a_terminal_that_knows_ascii_only_gets_that() -> None:
+    teller, out = told("ascii")
+    teller.chapter("One")
+    teller.found("something")
+    teller.check("so", True)
+    teller.code(one_act)
+    teller.bars({"a": 3, "b": 1}, "rows")
+    text = printed(out)
+    assert "-> something" in text
+    assert "#" * 40 in text
+
+
+def test_what_is_no_terminal_gets_whole_lines() -> None:
+    teller, out = told()
+    with teller.progress("loading", 10) as moved:
+        for done in range(10):
+            moved(done)
+    with teller.waiting("Starting ..."):
+        pass
+    assert printed(out).split() == ["Starting", "..."]
+
+
+def test_warnings_of_the_library_are_part_of_the_story_once() -> None:
+    teller, out = told()
+    with teller.hearing("shardlib"):
+        for _ in range(3):
+            logging.getLogger("shardlib.demo_test").warning("the catalog is away")
+    assert printed(out).count("the catalog is away") == 1
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    teller, out = told()
+    teller.bars({"shard-01": 200, "shard-02": 100}, "rows")
+    lengths = [len(bar) for bar in re.findall("█+", printed(out))]
+    assert lengths == [40, 20]
+
+
+def test_unevenness() -> None:
+    assert unevenness({"a": 5, "b": 5}) == 1.0
+    assert unevenness({"a": 9, "b": 3}) == 1.5
+    assert unevenness({"a": 0, "b": 0}) == 1.0
+
+
+def test_the_picture_is_an_svg_with_a_bar_for_each_shard() -> None:
+    root = ET.fromstring(spread_svg("Flights & <planes>", {"s<1>": 300, "s2": 150}))
+    bars = [rect for rect in root.iter(f"{SVG}rect") if rect.get("rx")]
+    assert [float(bar.get("width", 0)) for bar in bars] == [460.0, 230.0]
+    texts = [text.text for text in root.iter(f"{SVG}text")]
+    assert texts[0] == "Flights & <planes>"
+    assert "s<1>" in texts
+    assert "mean 225" in texts
+    assert "300  (66.7 %)" in texts
+    (line,) = root.iter(f"{SVG}line")
+    assert float(line.get("x1", 0)) == pytest.approx(110 + 460 * 225 / 300)
+
+
+def test_a_picture_of_nothing() -> None:
+    ET.fromstring(spread_svg("nothing", {"s1": 0}))
+
+
+@pytest.mark.parametrize(("percent", "expected"), [(50, 50.0), (99, 99.0), (100, 100.0), (1, 1.0)])
+def test_percentiles_by_nearest_rank(percent: int, expected: float) -> None:
+    assert percentile([float(number) for number in range(100, 0, -1)], percent) == expected
+
+
+def test_the_percentile_of_one_value() -> None:
+    assert percentile([7.0], 99) == 7.0
+
+
+@pytest.mark.parametrize(
+    ("options", "name"), [({"shards": 1}, "shards"), ({"shards": 17}, "shards"), ({"rows": 10}, "rows")]
+)
+def test_options_that_cannot_be(options: dict[str, int], name: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        Options(output=Path("x"), **options)  # type: ignore[arg-type]
+    assert caught.value.name == name
