@@ -114,7 +114,7 @@ class TopologyCache:
     def _begin(self, *, loaded: bool) -> Topology:
         now = time.monotonic()
         self._proved_at = now if loaded else None
-        self._dirty = loaded
+        self._dirty = loaded and self._file is not None
         self._started = True
         self._thread = threading.Thread(target=self._tend, name="shardlib-topology", daemon=True)
         self._thread.start()
@@ -271,7 +271,7 @@ class TopologyCache:
                 return
             self.current = new
             with self._changed:
-                self._dirty = True
+                self._dirty = self._file is not None
                 self._changed.notify_all()
             for listener in self._listeners:
                 try:
@@ -290,9 +290,7 @@ def _refusal(old: Topology, new: Topology) -> str | None:
     if new.cluster_id != old.cluster_id:
         return f"it now holds cluster {new.cluster_id!r}; this process goes on with {old.cluster_id!r}"
     if new.hash_function != old.hash_function:
-        return (
-            f"the hash function became {new.hash_function!r}; this process goes on with {old.hash_function!r}"
-        )
+        return f"the hash function became {new.hash_function!r}; this process goes on with {old.hash_function!r}"
     if new.version < old.version:
         return f"version {new.version} after {old.version}: refused (was the catalog restored from a backup?)"
     if new.version == old.version and new.nonce != old.nonce:

@@ -60,9 +60,7 @@ class EtcdStore:
         """See `Store.drop_chunks`."""
         self._client.delete_many([self._chunk_key(key) for key in keys], deadline)
 
-    def follow(
-        self, after: int, stop: Stop, on_record: Callable[[Record], None], on_alive: Callable[[], None]
-    ) -> None:
+    def follow(self, after: int, stop: Stop, on_record: Callable[[Record], None], on_alive: Callable[[], None]) -> None:
         """See `Store.follow`."""
 
         def on_put(kv: Kv) -> None:

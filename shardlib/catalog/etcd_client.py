@@ -102,9 +102,7 @@ class EtcdClient:
     def put_many(self, items: Mapping[bytes, bytes], deadline: Deadline) -> None:
         """Write keys that nobody else writes with other values: a batch may be sent more than once."""
         for batch in _batches(sorted(items), lambda key: len(key) + len(items[key]), _OPS_MAX):
-            ops = [
-                new("RequestOp", request_put=new("PutRequest", key=key, value=items[key])) for key in batch
-            ]
+            ops = [new("RequestOp", request_put=new("PutRequest", key=key, value=items[key])) for key in batch]
             self._call("Txn", new("TxnRequest", success=ops), deadline)
 
     def delete_many(self, keys: Collection[bytes], deadline: Deadline) -> None:
@@ -239,9 +237,7 @@ class _Watch:
                     f"revision {self._start} is compacted, up to {answer.compact_revision}",
                 )
             self._channels.forget_token()
-            raise CatalogUnavailable(
-                self._channels.safe_url, f"the watch was refused: {answer.cancel_reason}"
-            )
+            raise CatalogUnavailable(self._channels.safe_url, f"the watch was refused: {answer.cancel_reason}")
         on_alive()
         puts = [event.kv for event in answer.events if event.type == 0]
         if puts:
@@ -253,9 +249,7 @@ class _Watch:
         """
         yield new(
             "WatchRequest",
-            create_request=new(
-                "WatchCreateRequest", key=self._key, start_revision=self._start, progress_notify=True
-            ),
+            create_request=new("WatchCreateRequest", key=self._key, start_revision=self._start, progress_notify=True),
         )
         while True:
             try:
@@ -270,9 +264,7 @@ class _Watch:
 
 
 def _kv(message: Any) -> Kv:
-    return Kv(
-        bytes(message.key), bytes(message.value), int(message.create_revision), int(message.mod_revision)
-    )
+    return Kv(bytes(message.key), bytes(message.value), int(message.create_revision), int(message.mod_revision))
 
 
 def _after(prefix: bytes) -> bytes:

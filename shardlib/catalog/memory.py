@@ -108,9 +108,7 @@ class MemoryStore:
             for key in keys:
                 shelf.chunks.pop(key, None)
 
-    def follow(
-        self, after: int, stop: Stop, on_record: Callable[[Record], None], on_alive: Callable[[], None]
-    ) -> None:
+    def follow(self, after: int, stop: Stop, on_record: Callable[[Record], None], on_alive: Callable[[], None]) -> None:
         """See `Store.follow`."""
         shelf = self._open()
 

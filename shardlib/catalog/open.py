@@ -88,9 +88,7 @@ def _etcd(url: str, *, tls: bool) -> Store:
     if files and not tls:
         raise InvalidArgument("url", f"?{min(files)}=...", "TLS options need an etcds:// URL")
     if ("cert" in files) != ("key" in files):
-        raise InvalidArgument(
-            "url", "?cert=... or key=... alone", "a client certificate needs both cert and key"
-        )
+        raise InvalidArgument("url", "?cert=... or key=... alone", "a client certificate needs both cert and key")
     return EtcdStore(
         EtcdTarget(
             endpoints=endpoints,

@@ -153,9 +153,7 @@ class PostgresStore:
         for part in _parts(keys):
             self._door.run(_DROP, (self._name, *_columns(part)), deadline)
 
-    def follow(
-        self, after: int, stop: Stop, on_record: Callable[[Record], None], on_alive: Callable[[], None]
-    ) -> None:
+    def follow(self, after: int, stop: Stop, on_record: Callable[[Record], None], on_alive: Callable[[], None]) -> None:
         """See `Store.follow`. Where NOTIFY cannot pass (PgBouncer), the head is read at every beat."""
         link = self._door.open(Deadline(_ASK_S))
         try:

@@ -135,9 +135,7 @@ class Door:
             time.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             pause_s = min(_PAUSE_MAX_S, pause_s * 2)
 
-    def _once(
-        self, statement: str, values: Sequence[object] | Mapping[str, object], deadline: Deadline
-    ) -> list[Row]:
+    def _once(self, statement: str, values: Sequence[object] | Mapping[str, object], deadline: Deadline) -> list[Row]:
         if not self._lock.acquire(timeout=deadline.left()):
             raise CatalogUnavailable(self.safe_url, "other calls of this process hold the connection")
         try:

@@ -107,9 +107,7 @@ class Store(Protocol):
         """Delete chunks; missing ones are no error."""
         ...
 
-    def follow(
-        self, after: int, stop: Stop, on_record: Callable[[Record], None], on_alive: Callable[[], None]
-    ) -> None:
+    def follow(self, after: int, stop: Stop, on_record: Callable[[Record], None], on_alive: Callable[[], None]) -> None:
         """Tell of every head with a revision above `after`, until `stop`. Returns only then.
 
         Intermediate heads may be left out, the last never. `on_alive` is called at least every few seconds

@@ -117,9 +117,7 @@ class StoredCatalog:
         """
         _check(topology, expected)
         if lease is not None and not isinstance(lease, KeptLease):
-            raise InvalidArgument(
-                "lease", type(lease).__name__, "a lease that this catalog's acquire() returned"
-            )
+            raise InvalidArgument("lease", type(lease).__name__, "a lease that this catalog's acquire() returned")
         deadline = Deadline(self._timeout_s)
         record = self._store.read_head(deadline)
         head = None if record is None else unpack(record.data)

@@ -109,20 +109,21 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def keys(self) -> set[ChunkKey]:
         """Every stored chunk that this version needs."""
-        return {
-            key for refs in self.sections.values() for ref in refs if (key := self.key_of(ref)) is not None
-        }
+        return {key for refs in self.sections.values() for ref in refs if (key := self.key_of(ref)) is not None}
 
     def live(self) -> set[ChunkKey]:
         """Every stored chunk that is needed, by this version or by readers of the last ones."""
         return self.keys() | {ChunkKey(item.attempt, item.digest) for item in self.retired}
 
+    def ring_name(self) -> bytes:
+        """A digest of all that the ring is made of."""
+        refs = [ref for section in ("order", "ring") for ref in self.sections.get(section, ())]
+        parts = [bytes([self.ring_bits]), *(ref.bucket.to_bytes(4, "little") + ref.digest for ref in refs)]
+        return _digest(b"".join(parts))
+
     def buckets(self, section: str) -> dict[int, tuple[Ref, ...]]:
         """The chunks of each bucket of a section, in order."""
-        return {
-            bucket: tuple(refs)
-            for bucket, refs in groupby(self.sections.get(section, ()), lambda ref: ref.bucket)
-        }
+        return {bucket: tuple(refs) for bucket, refs in groupby(self.sections.get(section, ()), lambda ref: ref.bucket)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,15 +198,11 @@ def encode(topology: Topology, previous: Head | None = None) -> Encoded:
     return Encoded(head, pack(head), chunks, drop)
 
 
-def _retire(
-    previous: Head | None, unused: set[ChunkKey], version: int
-) -> tuple[list[Retired], tuple[ChunkKey, ...]]:
+def _retire(previous: Head | None, unused: set[ChunkKey], version: int) -> tuple[list[Retired], tuple[ChunkKey, ...]]:
     """What stays for readers of old heads, and what is deleted now."""
     before = list(previous.retired) if previous is not None else []
     left = [item for item in before if item.since > version - RETIRED_VERSIONS]
-    drop = tuple(
-        ChunkKey(item.attempt, item.digest) for item in before if item.since <= version - RETIRED_VERSIONS
-    )
+    drop = tuple(ChunkKey(item.attempt, item.digest) for item in before if item.since <= version - RETIRED_VERSIONS)
     left += [Retired(version, key.attempt, key.digest) for key in sorted(unused)]
     return left, drop
 
@@ -242,9 +239,7 @@ def unpack(data: bytes) -> Head:
         raise InvalidTopology("the head of a stored topology does not match its digest", WAY_OUT)
     head = read_as(body, Head, "head")
     if set(head.sections) - set(NAMES):
-        raise InvalidTopology(
-            f"topology {head.version} has unknown sections {sorted(head.sections)}", WAY_OUT
-        )
+        raise InvalidTopology(f"topology {head.version} has unknown sections {sorted(head.sections)}", WAY_OUT)
     if any(ref.attempt >= len(head.attempts) for refs in head.sections.values() for ref in refs):
         raise InvalidTopology(f"topology {head.version} refers to a chunk that it does not name", WAY_OUT)
     return head
@@ -274,9 +269,7 @@ def decode(
         for name, buckets in wanted.items():
             if name != "ring" or known_head.ring_bits == head.ring_bits:
                 held = known_head.buckets(name)
-                same[name] = {
-                    at for at, refs in buckets.items() if _digests(held.get(at, ())) == _digests(refs)
-                }
+                same[name] = {at for at, refs in buckets.items() if _digests(held.get(at, ())) == _digests(refs)}
     needed = {
         key
         for name, buckets in wanted.items()
@@ -310,7 +303,7 @@ def _build(head: Head, reader: Reader) -> Topology:
             cluster_id=head.cluster_id,
             hash_function=head.hash_function,
             shards=reader.shards(shards),
-            ring=reader.ring(head.ring_bits, owners),
+            ring=reader.ring(head.ring_bits, owners, head.ring_name()),
             gates=reader.gates(),
             tables=reader.tables(),
             moves=reader.moves(),
@@ -341,17 +334,13 @@ def parse(data: bytes) -> Topology:
     """
     body = data[_PREFIX_BYTES:]
     if len(data) > _FILE_BYTES_MAX or data[:5] != _FILE_MAGIC or _digest(body) != data[5:_PREFIX_BYTES]:
-        raise InvalidTopology(
-            f"{len(data)} bytes that are no saved topology, or a damaged one", "delete the file"
-        )
+        raise InvalidTopology(f"{len(data)} bytes that are no saved topology, or a damaged one", "delete the file")
     packed, pieces = read_as(body, tuple[bytes, list[bytes]], "file")
     head, chunks = unpack(packed), {_digest(piece): piece for piece in pieces}
     try:
         return decode(head, lambda keys: {key: chunks[key.digest] for key in keys})
     except KeyError:
-        raise InvalidTopology(
-            f"the file of topology {head.version} lacks a chunk", "delete the file"
-        ) from None
+        raise InvalidTopology(f"the file of topology {head.version} lacks a chunk", "delete the file") from None
 
 
 def _digest(data: bytes) -> bytes:

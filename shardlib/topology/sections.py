@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import pairwise
 from typing import Annotated, Final, TypeVar
+from weakref import WeakValueDictionary
 
 import msgspec
 from msgspec import Meta
@@ -36,6 +37,8 @@ _VNODE_BYTES: Final = 12
 _SHARDS_PER_BUCKET: Final = 256
 _GATES_PER_BUCKET: Final = 1024
 _UINT32: Final = next(code for code in "IL" if array(code).itemsize == 4)
+_rings: WeakValueDictionary[bytes, Ring] = WeakValueDictionary()
+"""Rings that live in this process, by the digest of their content: several clients of a cluster share one."""
 _SHARD_ID: Final = re.compile(r"s(0|[1-9][0-9]{0,9})")
 
 Text = Annotated[str, Meta(max_length=4096)]
@@ -89,9 +92,7 @@ def number_of(shard_id: str) -> int:
     """
     found = _SHARD_ID.fullmatch(shard_id)
     if found is None or (number := int(found[1])) >= 1 << 32:
-        raise InvalidTopology(
-            f"shard id {shard_id!r} cannot be stored", "ids are s1, s2, ... as next_shard gives them"
-        )
+        raise InvalidTopology(f"shard id {shard_id!r} cannot be stored", "ids are s1, s2, ... as next_shard gives them")
     return number
 
 
@@ -216,9 +217,7 @@ class Reader:
 
     def _all(self, name: str, kind: type[list[T]]) -> list[T]:
         return [
-            record
-            for bucket in sorted(self._buckets[name])
-            for record in read_as(self._raw(name, bucket), kind, name)
+            record for bucket in sorted(self._buckets[name]) for record in read_as(self._raw(name, bucket), kind, name)
         ]
 
     def order(self) -> tuple[list[int], list[int]]:
@@ -252,9 +251,7 @@ class Reader:
         found: list[Gate] = []
         same = self._same["gates"]
         if self._known is not None and same:
-            found += [
-                gate for gate in self._known.gates if number_of(gate.shard_id) // _GATES_PER_BUCKET in same
-            ]
+            found += [gate for gate in self._known.gates if number_of(gate.shard_id) // _GATES_PER_BUCKET in same]
         for bucket in self._buckets["gates"]:
             if bucket not in same:
                 found += [
@@ -278,8 +275,17 @@ class Reader:
             return self._known.tables
         return tuple(Table(r.name, tuple(r.key), r.schema) for r in self._all("tables", list[_Table]))
 
-    def ring(self, bits: int, order: list[int]) -> Ring:
-        """The ring: slices of the known one, and buckets read."""
+    def ring(self, bits: int, order: list[int], name: bytes) -> Ring:
+        """The ring of that content digest: one that lives already, or made of the known one and of what was
+        read.
+        """
+        found = _rings.get(name)
+        if found is None:
+            found = _rings[name] = self._make_ring(bits, order)
+        return found
+
+    def _make_ring(self, bits: int, order: list[int]) -> Ring:
+        """The ring of slices of the known one, and of buckets read."""
         tokens, owners = array("Q"), array(_UINT32)
         ids = tuple(f"s{number}" for number in order)
         index = {number: at for at, number in enumerate(order)}
@@ -297,9 +303,7 @@ class Reader:
                 part: Iterable[int] = known.ring.owners[first:last]
                 if before != ids:
                     part = map(renumber.__getitem__, part)
-                owners.extend(
-                    part if isinstance(part, array) and part.typecode == _UINT32 else array(_UINT32, part)
-                )
+                owners.extend(part if isinstance(part, array) and part.typecode == _UINT32 else array(_UINT32, part))
                 continue
             data = self._raw("ring", bucket)
             count, rest = divmod(len(data), _VNODE_BYTES)

@@ -444,3 +444,61 @@ def _in_child(catalog: StoredCatalog) -> None:
     lease.release()
     watch.close()
     catalog.close()
+
+
+class TestLostReplies:
+    """The store did what it was asked, or did not, and its answer never came."""
+
+    def test_a_swap_that_happened_is_found_by_its_nonce(self, catalog: StoredCatalog, other: Catalog) -> None:
+        first = make_topology()
+        catalog.publish(first, expected=None)
+        store = catalog._store
+        swap, sent = store.swap_head, []
+
+        def lost(*arguments: object) -> bool:
+            sent.append(swap(*arguments))  # type: ignore[arg-type]
+            raise CatalogUnavailable("test", "the reply is lost")
+
+        store.swap_head = lost  # type: ignore[method-assign]
+        second = changed(first)
+        catalog.publish(second, expected=1)
+        assert sent == [True], "sent once"
+        assert facts(other.load()) == facts(second)
+
+    def test_a_swap_that_another_overtook_is_a_conflict(self, catalog: StoredCatalog, other: Catalog) -> None:
+        first = make_topology()
+        catalog.publish(first, expected=None)
+        winner = changed(first)
+
+        def lost(*_: object) -> bool:
+            other.publish(winner, expected=1)
+            raise CatalogUnavailable("test", "the request is lost")
+
+        catalog._store.swap_head = lost  # type: ignore[method-assign]
+        with pytest.raises(Conflict) as raised:
+            catalog.publish(changed(first), expected=1)
+        assert raised.value.found == 2
+        assert facts(other.load()) == facts(winner)
+
+    def test_what_cannot_be_settled_is_said_and_not_sent_again(self, url: str) -> None:
+        catalog = open_catalog(url, timeout_s=0.5)
+        assert isinstance(catalog, StoredCatalog)
+        first = make_topology()
+        catalog.publish(first, expected=None)
+        sent: list[object] = []
+
+        def lost(*arguments: object) -> bool:
+            sent.append(arguments)
+            raise CatalogUnavailable("test", "the request is lost")
+
+        swap, catalog._store.swap_head = catalog._store.swap_head, lost  # type: ignore[method-assign]
+        second = changed(first)
+        began = time.monotonic()
+        with pytest.raises(CatalogUnavailable, match="publishing version 2 was not answered"):
+            catalog.publish(second, expected=1)
+        assert time.monotonic() - began < 1.5
+        assert len(sent) == 1
+        catalog._store.swap_head = swap  # type: ignore[method-assign]
+        catalog.publish(second, expected=1)
+        assert facts(catalog.load()) == facts(second)
+        catalog.close()

@@ -1,0 +1,176 @@
+"""How soon a change is seen by every client, and what a topology of 10,000 shards costs.
+
+Clients are caches with connections of their own, spread over a few processes as they are in life: one process
+with
+200 of them would measure its own lock.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import statistics
+import sys
+import time
+import uuid
+from multiprocessing.connection import Connection
+from typing import Final, NamedTuple
+
+from shardlib.catalog import Catalog, TopologyCache, open_catalog
+from shardlib.topology import Topology
+from shardlib_ops import LocalCluster
+from tests.support.topologies import make_topology, one_range_moved, scattered_topology
+
+__all__ = ["Figure", "measure"]
+
+
+class Figure(NamedTuple):
+    """One line of the section: what was measured, its value and the most it may be (`unit` says of what)."""
+
+    what: str
+    seen: float
+    bar: float
+    unit: str
+
+
+_PROCESSES: Final = 8
+_CLIENTS: Final = 200
+_LIMIT_S: Final = 60.0
+
+
+def _clients(url: str, count: int, pipe: Connection) -> None:
+    """A process of clients: says when they are ready, then for each version in turn when each of them saw
+    it.
+    """
+    catalogs = [open_catalog(url) for _ in range(count)]
+    caches = [TopologyCache(catalog) for catalog in catalogs]
+    seen: dict[int, list[float]] = {}
+    for cache in caches:
+        cache.start(timeout_s=_LIMIT_S)
+        # CLOCK_MONOTONIC is one clock for all processes of a machine.
+        cache.listen(lambda topology: seen.setdefault(topology.version, []).append(time.monotonic()))
+    pipe.send("ready")
+    while (version := pipe.recv()) is not None:
+        for cache in caches:
+            if not cache.wait_newer(version - 1, _LIMIT_S):
+                raise AssertionError(f"version {version} was not seen in {_LIMIT_S:g} s")
+        while len(seen.get(version, ())) < count:
+            time.sleep(0.005)
+        pipe.send(seen[version])
+    for cache, catalog in zip(caches, catalogs, strict=True):
+        cache.close()
+        catalog.close()
+
+
+def _seen_by_clients(url: str, clients: int, changes: int) -> list[float]:
+    """Seconds from the moment a publish returned to each client having the new topology."""
+    writer = open_catalog(url, timeout_s=10)
+    topology = make_topology(4)
+    writer.publish(topology, expected=None)
+    context = multiprocessing.get_context("spawn")
+    workers = []
+    for _ in range(_PROCESSES):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_clients, args=(url, clients // _PROCESSES, theirs), daemon=True)
+        process.start()
+        workers.append((process, ours))
+    try:
+        for _, pipe in workers:
+            if not pipe.poll(_LIMIT_S):
+                raise AssertionError("the clients did not start")
+            pipe.recv()
+        took: list[float] = []
+        for _ in range(changes):
+            topology = one_range_moved(topology)
+            writer.publish(topology, expected=topology.version - 1)
+            committed_at = time.monotonic()
+            for _, pipe in workers:
+                pipe.send(topology.version)
+            for _, pipe in workers:
+                took += [max(0.0, at - committed_at) for at in pipe.recv()]
+        return took
+    finally:
+        for process, pipe in workers:
+            pipe.send(None)
+            process.join(10)
+            if process.is_alive():
+                process.terminate()
+        writer.close()
+
+
+def _timed(work: object) -> float:
+    began = time.perf_counter()
+    work()  # type: ignore[operator]
+    return time.perf_counter() - began
+
+
+def _large(url: str, shards: int) -> dict[str, float]:
+    """Seconds and bytes of a large topology: publish, load, an update, and the update as a watcher sees
+    it.
+    """
+    writer, reader = open_catalog(url, timeout_s=30), open_catalog(url, timeout_s=30)
+    first = scattered_topology(random.Random(17), shards, 256)
+    figures = {"publish": _timed(lambda: writer.publish(first, expected=None))}
+    loaded: list[Topology] = []
+    figures["load"] = _timed(lambda: loaded.append(reader.load()))
+    cache = TopologyCache(reader)
+    cache.start(timeout_s=30)
+    second = one_range_moved(first)
+    figures["publish an update"] = _timed(lambda: writer.publish(second, expected=1))
+    figures["watch update"] = _timed(lambda: _wait(cache, 1))
+    figures["bytes"] = float(_shipped(first, second))
+    cache.close()
+    for catalog in (writer, reader):
+        catalog.close()
+    return figures
+
+
+def _wait(cache: TopologyCache, version: int) -> None:
+    if not cache.wait_newer(version, _LIMIT_S):
+        raise AssertionError(f"no version after {version}")
+
+
+def _shipped(first: Topology, second: Topology) -> int:
+    """Bytes that a publish of `second` after `first` writes."""
+    from shardlib.topology.codec import encode
+
+    encoded = encode(second, encode(first).head)
+    return len(encoded.data) + sum(map(len, encoded.chunks.values()))
+
+
+def _decision_s(catalog: Catalog) -> float:
+    """Seconds for one."""
+    topology = catalog.load()
+    rng = random.Random(5)
+    tokens = [rng.getrandbits(64) for _ in range(200_000)]
+    place = topology.place
+    took = _timed(lambda: [place(token) for token in tokens])
+    return took / len(tokens)
+
+
+def measure(scale: float) -> list[Figure]:
+    """Every figure of the section; `scale` 1 is the full size, less is a quick look."""
+    shards = max(100, int(10_000 * scale))
+    clients = max(_PROCESSES, int(_CLIENTS * scale) // _PROCESSES * _PROCESSES)
+    with LocalCluster(shards=1, bootstrap=False) as cluster:
+        base = f"etcd://127.0.0.1:{cluster.etcd[0].port}/bench-{uuid.uuid4().hex[:8]}"
+        seen = sorted(_seen_by_clients(base, clients, max(10, int(50 * scale))))
+        large = _large(f"{base}-large", shards)
+        catalog = open_catalog(base)
+        decision_s = _decision_s(catalog)
+        catalog.close()
+    p99 = seen[min(len(seen) - 1, int(len(seen) * 0.99))]
+    size = f"{shards:,} shards x 256"
+    return [
+        Figure(f"change committed to seen, {clients} clients, p50", statistics.median(seen) * 1e3, 50, "ms"),
+        Figure(f"change committed to seen, {clients} clients, p99", p99 * 1e3, 50, "ms"),
+        Figure("a routing decision", decision_s * 1e6, 1, "us"),
+        *(Figure(f"{size}: {what}", large[what], 2, "s") for what in ("publish", "load", "publish an update")),
+        Figure(f"{size}: watch update", large["watch update"], 2, "s"),
+        Figure(f"{size}: written by an update that moves one range", large["bytes"] / 1024, 128, "KiB"),
+    ]
+
+
+if __name__ == "__main__":
+    for figure in measure(float(sys.argv[1]) if len(sys.argv) > 1 else 1.0):
+        print(f"{figure.what:70} {figure.seen:10.2f} {figure.unit:4} (bar {figure.bar:g})")
