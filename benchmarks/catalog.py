@@ -10,27 +10,18 @@ from __future__ import annotations
 import multiprocessing
 import random
 import statistics
-import sys
 import time
 import uuid
 from multiprocessing.connection import Connection
-from typing import Final, NamedTuple
+from typing import Final
 
+from benchmarks.report import Row, at_most
 from shardlib.catalog import Catalog, TopologyCache, open_catalog
 from shardlib.topology import Topology
 from shardlib_ops import LocalCluster
 from tests.support.topologies import make_topology, one_range_moved, scattered_topology
 
-__all__ = ["Figure", "measure"]
-
-
-class Figure(NamedTuple):
-    """One line of the section: what was measured, its value and the most it may be (`unit` says of what)."""
-
-    what: str
-    seen: float
-    bar: float
-    unit: str
+__all__ = ["run"]
 
 
 _PROCESSES: Final = 8
@@ -148,8 +139,8 @@ def _decision_s(catalog: Catalog) -> float:
     return took / len(tokens)
 
 
-def measure(scale: float) -> list[Figure]:
-    """Every figure of the section; `scale` 1 is the full size, less is a quick look."""
+def run(scale: float) -> list[Row]:
+    """Rows of the section `catalog`; `scale` 1 is the full size, less is a quick look."""
     shards = max(100, int(10_000 * scale))
     clients = max(_PROCESSES, int(_CLIENTS * scale) // _PROCESSES * _PROCESSES)
     with LocalCluster(shards=1, bootstrap=False) as cluster:
@@ -162,15 +153,14 @@ def measure(scale: float) -> list[Figure]:
     p99 = seen[min(len(seen) - 1, int(len(seen) * 0.99))]
     size = f"{shards:,} shards x 256"
     return [
-        Figure(f"change committed to seen, {clients} clients, p50", statistics.median(seen) * 1e3, 50, "ms"),
-        Figure(f"change committed to seen, {clients} clients, p99", p99 * 1e3, 50, "ms"),
-        Figure("a routing decision", decision_s * 1e6, 1, "us"),
-        *(Figure(f"{size}: {what}", large[what], 2, "s") for what in ("publish", "load", "publish an update")),
-        Figure(f"{size}: watch update", large["watch update"], 2, "s"),
-        Figure(f"{size}: written by an update that moves one range", large["bytes"] / 1024, 128, "KiB"),
+        _row(f"change committed to seen, {clients} clients, p50", statistics.median(seen) * 1e3, 50, "ms"),
+        _row(f"change committed to seen, {clients} clients, p99", p99 * 1e3, 50, "ms"),
+        _row("a routing decision", decision_s * 1e6, 1, "us"),
+        *(_row(f"{size}: {what}", large[what], 2, "s") for what in ("publish", "load", "publish an update")),
+        _row(f"{size}: watch update", large["watch update"], 2, "s"),
+        _row(f"{size}: written by an update that moves one range", large["bytes"] / 1024, 128, "KiB"),
     ]
 
 
-if __name__ == "__main__":
-    for figure in measure(float(sys.argv[1]) if len(sys.argv) > 1 else 1.0):
-        print(f"{figure.what:70} {figure.seen:10.2f} {figure.unit:4} (bar {figure.bar:g})")
+def _row(what: str, seen: float, limit: float, unit: str) -> Row:
+    return at_most("catalog", what, seen, None, unit, limit)
