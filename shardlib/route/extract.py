@@ -24,7 +24,7 @@ from sqlalchemy.sql.selectable import SelectBase, TextualSelect
 from shardlib.errors import UnsupportedCrossShardQuery, UnsupportedOperation
 from shardlib.key import describe as describe_table
 from shardlib.route.needs import Describe, Needs, Scope
-from shardlib.route.plans import Given, Parameters, Plan, keys_of, plan_of
+from shardlib.route.plans import Given, Parameters, Plan, check_names, keys_of, plan_of
 from shardlib.route.quick import quick_needs
 from shardlib.route.values import Supplied
 from shardlib.route.writes import written
@@ -82,6 +82,8 @@ def _read(statement: SelectBase, given: Given, describe: Describe) -> Needs:
     plan, own = plan_of(statement, cache_key, describe, lambda: statement)
     if plan.raw:
         return _RAW
+    if given:
+        check_names(given, cache_key, plan)
     if own:
         given = {**own, **given}
     extracted: Sequence[BindParameter[Any]] = () if cache_key is None else cache_key.bindparams

@@ -16,8 +16,8 @@ from shardlib.errors import ShardKeyChanged, ShardKeyRequired, UnsupportedCrossS
 from shardlib.route.merging import inside, walk
 from shardlib.route.needs import Describe, Needs, Scope
 from shardlib.route.place import KeyPlan, inserted_from
-from shardlib.route.plans import Given, Parameters, keys_of, plan_of
-from shardlib.route.target import GENERATED, GIVE_VALUE, MISSING, Target, grouped, key_of_row, sets_of
+from shardlib.route.plans import GENERATED, Given, Parameters, keys_of, plan_of
+from shardlib.route.target import GIVE_VALUE, MISSING, Target, grouped, key_of_row, sets_of
 from shardlib.route.values import Supplied
 
 __all__ = ["inserted"]

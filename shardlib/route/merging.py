@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from sqlalchemy.dialects.postgresql import aggregate_order_by
+from sqlalchemy.dialects.postgresql.ext import DistinctOnClause
 from sqlalchemy.sql.elements import (
     AbstractTextClause,
     ClauseElement,
     ColumnClause,
+    ColumnElement,
+    ElementList,
     FunctionFilter,
     Label,
     Over,
@@ -20,7 +23,7 @@ from sqlalchemy.sql.elements import (
     WithinGroup,
 )
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.selectable import CompoundSelect, Select, SelectBase
+from sqlalchemy.sql.selectable import CompoundSelect, FromClause, Select, SelectBase
 
 from shardlib.errors import UnsupportedOperation
 from shardlib.route.env import Classes, Instance, Node
@@ -28,6 +31,7 @@ from shardlib.route.functions import AGGREGATES, SCALARS
 
 __all__ = ["aggregates", "cuts_rows", "expressions_of", "inside", "merge_of", "row_order", "walk"]
 
+_EXTENSION_POINTS = ("_post_select_clause", "_pre_columns_clause", "_post_criteria_clause", "_post_body_clause")
 _FRAGMENT = re.compile(
     r"\b(select|from|table|values|with|or|union|except|intersect|insert|update|delete)\b|;|--|/\*", re.IGNORECASE
 )
@@ -45,7 +49,8 @@ def _check_text(text: str) -> None:
 
 def expressions_of(select: Select[Any]) -> Iterator[ClauseElement]:
     """Yield every expression of a SELECT outside of its FROM list."""
-    yield from select._raw_columns
+    # A table or subquery among the columns stands for its columns; it is in the FROM list as well.
+    yield from (column for column in select._raw_columns if _is_expression(column))
     yield from select._where_criteria
     yield from select._having_criteria
     yield from select._order_by_clauses
@@ -54,10 +59,35 @@ def expressions_of(select: Select[Any]) -> Iterator[ClauseElement]:
     for clause in (select._limit_clause, select._offset_clause, select._fetch_clause):
         if clause is not None:
             yield clause
+    for extension in _extensions(select):
+        if not isinstance(extension, DistinctOnClause):
+            raise UnsupportedOperation(
+                f"the syntax extension {type(extension).__name__} is not understood",
+                "run the statement in a session pinned to a shard key: engine.session(key)",
+            )
+        yield extension
     for fragment, _ in (*select._prefixes, *select._suffixes):
         yield fragment
     for hint in (*select._hints.values(), *(text for _, text in select._statement_hints)):
         _check_text(hint)
+
+
+def _is_expression(column: Any) -> bool:
+    return isinstance(column, ColumnElement) or not isinstance(column, FromClause)
+
+
+def _extensions(select: Select[Any]) -> Iterator[ClauseElement]:
+    """Clauses added with `Select.ext()`."""
+    for name in _EXTENSION_POINTS:
+        clause = getattr(select, name)
+        if isinstance(clause, ElementList):
+            yield from clause.clauses
+        elif clause is not None:
+            yield clause
+
+
+def _distinct_on(select: Select[Any]) -> bool:
+    return bool(select._distinct_on) or any(isinstance(c, DistinctOnClause) for c in _extensions(select))
 
 
 def inside(expressions: Iterable[ClauseElement]) -> Iterator[SelectBase]:
@@ -89,8 +119,8 @@ def walk(expressions: Iterable[ClauseElement]) -> Iterator[ClauseElement]:
 
 def _functions(select: Select[Any]) -> Iterator[str]:
     """What may turn rows into fewer, or look across them: a reason for each."""
-    shown = (*select._raw_columns, *select._having_criteria, *select._order_by_clauses)
-    for element in walk(shown):
+    columns = (column for column in select._raw_columns if _is_expression(column))
+    for element in walk((*columns, *select._having_criteria, *select._order_by_clauses)):
         if isinstance(element, Over):
             yield "a window function"
         elif isinstance(element, FunctionFilter | WithinGroup | aggregate_order_by):
@@ -118,7 +148,7 @@ def row_order(select: Select[Any] | CompoundSelect[Any]) -> str | None:
 
 def cuts_rows(select: Select[Any]) -> bool:
     """Whether a condition on the output of a subquery cannot be put inside of it."""
-    if row_order(select) in {"LIMIT", "OFFSET"} or select._distinct_on:
+    if row_order(select) in {"LIMIT", "OFFSET"} or _distinct_on(select):
         return True
     if "a window function" in _functions(select):
         return True
@@ -161,7 +191,7 @@ def merge_of(  # noqa: PLR0911 - one return a reason
             classes.find(node) for column in plain if (node := node_of(column)) is not None
         }
 
-    if select._distinct_on:
+    if _distinct_on(select):
         return "DISTINCT ON"
     if select._distinct and not holds_key(select.selected_columns):
         return "DISTINCT"

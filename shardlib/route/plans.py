@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,13 @@ from shardlib.route.shape import Shape
 from shardlib.route.trace import trace
 from shardlib.route.values import Supplied
 
-__all__ = ["Given", "Parameters", "Plan", "keys_of", "plan_of"]
+__all__ = ["GENERATED", "Given", "Parameters", "Plan", "check_names", "keys_of", "plan_of"]
 
 Given = Mapping[str, Any]
 Parameters = Given | Sequence[Given] | None
 
+GENERATED = re.compile(r".*_m?\d+")
+"""Names that SQLAlchemy's compiler gives to parameters."""
 PLANS_MAX = 1000
 _PLANS: LRUCache[Any, Plan] = LRUCache(PLANS_MAX)
 
@@ -39,6 +42,7 @@ class Plan:
         tables: the sharded tables met.
         merge: see `Needs.merge`.
         writes: data-modifying CTEs inside; a plan with some is not kept.
+        names: keys of the parameters, as far as the analysed statement has them.
         extra: keys of the rows that an INSERT makes of a SELECT, if bound.
     """
 
@@ -48,6 +52,7 @@ class Plan:
     merge: str | None = None
     writes: tuple[UpdateBase, ...] = ()
     extra: KeyPlan | None = None
+    names: frozenset[str] = frozenset()
 
 
 def plan_of(
@@ -85,10 +90,31 @@ def plan_of(
         plan = Plan(raw=True, keys=())
     else:
         placed = place(top, shape.predicates, extra)
-        plan = Plan(False, placed.plans, tables, placed.merge, writes, placed.extra)
+        plan = Plan(False, placed.plans, tables, placed.merge, writes, placed.extra, traced.keys)
     if kept is not None and not writes:
         _PLANS[kept] = plan
     return plan, traced.collected if cache_key is None else cache_key.params or {}
+
+
+def check_names(given: Given, cache_key: CacheKey | None, plan: Plan, also: Container[str] = ()) -> None:
+    """Refuse values given by names that SQLAlchemy's compiler makes up: what they mean cannot be told beforehand.
+
+    Args:
+        given: the values by name.
+        cache_key: that of the statement, with its parameters.
+        plan: that of the statement.
+        also: other names with a meaning.
+
+    Raises:
+        UnsupportedOperation: such a name.
+    """
+    known = plan.names if cache_key is None else {parameter.key for parameter in cache_key.bindparams}
+    for name in given:
+        if name not in known and name not in also and GENERATED.fullmatch(name):
+            raise UnsupportedOperation(
+                f"the parameter {name!r} has a name that is made up when the statement is rendered",
+                "name the parameter with bindparam(), and give its value by that name",
+            )
 
 
 def keys_of(plans: Iterable[KeyPlan], supplied: Supplied) -> tuple[bytes, ...]:

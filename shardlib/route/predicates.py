@@ -214,8 +214,7 @@ class Predicates:
         return None
 
     def _parameter(self, parameter: BindParameter[Any]) -> Parameter:
-        name = self._trace.names.get(parameter, parameter.key)
-        return Parameter(parameter, name, self._trace.index_of(parameter))
+        return Parameter(parameter, self._trace.index_of(parameter))
 
 
 def _type_of(element: ClauseElement) -> TypeEngine[Any]:

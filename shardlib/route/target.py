@@ -4,7 +4,6 @@
 # ruff: noqa: SLF001
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,10 +18,8 @@ from shardlib.route.needs import Describe, TableKey
 from shardlib.route.plans import Given, Parameters
 from shardlib.route.values import Supplied
 
-__all__ = ["GENERATED", "GIVE_VALUE", "MISSING", "Target", "grouped", "key_of_row", "known", "sets_of"]
+__all__ = ["GIVE_VALUE", "MISSING", "Target", "grouped", "key_of_row", "known", "sets_of"]
 
-GENERATED = re.compile(r".*_m?\d+")
-"""Names that SQLAlchemy's compiler gives to parameters."""
 GIVE_VALUE = "give the value itself: it decides which shard the row goes to, before any server is asked"
 
 

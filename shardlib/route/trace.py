@@ -58,14 +58,15 @@ _DIALECT = PGDialect()  # type: ignore[no-untyped-call]
 
 
 class Trace:
-    """The SELECTs of one statement, and how its parameters are named and found."""
+    """The SELECTs of one statement, and how its parameters are found."""
 
     def __init__(self, compiler: _Tracer, cache_key: CacheKey | None) -> None:
         self._noted = compiler.noted or {}
         self._by_written: dict[int, list[Rendered]] = {}
         for (_, written), found in self._noted.items():
             self._by_written.setdefault(written, []).extend(found)
-        self.names: dict[BindParameter[Any], str] = dict(compiler.bind_names)
+        self.keys = frozenset(parameter.key for parameter in compiler.bind_names)
+        """Keys of the parameters: the names by which values can be given."""
         self.collected: dict[str, Any] = dict(compiler._collected_params) if cache_key is None else {}
         """Values given with `statement.params(...)`, where no cache key holds them."""
         self._index: dict[BindParameter[Any], int] = {}

@@ -57,10 +57,9 @@ class Fixed:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A bound parameter, found as SQLAlchemy finds it: given by key, by rendered name, else its own value."""
+    """A bound parameter, found as SQLAlchemy finds it: given by key, else its own value."""
 
     parameter: BindParameter[Any]
-    name: str
     index: int | None
 
     def of(self, supplied: Supplied) -> Any:
@@ -74,8 +73,6 @@ class Parameter:
             key = self.parameter.key
             if key in given:
                 return given[key]
-            if self.name in given:
-                return given[self.name]
         current = self.parameter if self.index is None else supplied.extracted[self.index]
         if current.required:
             raise ShardKeyRequired(

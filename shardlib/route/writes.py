@@ -21,8 +21,8 @@ from shardlib.errors import ShardKeyChanged, UnsupportedOperation
 from shardlib.route.inserts import inserted
 from shardlib.route.merging import inside
 from shardlib.route.needs import Describe, Needs, Scope
-from shardlib.route.plans import Given, Parameters, Plan, keys_of, plan_of
-from shardlib.route.target import GENERATED, MISSING, Target, grouped, key_of_row, known, sets_of
+from shardlib.route.plans import Given, Parameters, Plan, check_names, keys_of, plan_of
+from shardlib.route.target import MISSING, Target, grouped, key_of_row, known, sets_of
 from shardlib.route.values import Supplied
 
 __all__ = ["written"]
@@ -58,7 +58,10 @@ def _changed(statement: Update | Delete, target: Target, parameters: Parameters,
             "run it in a session pinned to a shard key: engine.session(key)",
         )
     sets: Sequence[Given] = [{**own, **given} for given in sets_of(parameters)] or [own]
-    _check_names(statement, target, cache_key, sets)
+    if getattr(statement, "_post_criteria_clause", None) is not None:
+        raise UnsupportedOperation("a syntax extension of a write is not understood", "leave it out")
+    for given in sets:
+        check_names(given, cache_key, plan, also=target.table.c.keys())
     tables = tuple(dict.fromkeys((target.table, *plan.tables)))
     extracted: Sequence[BindParameter[Any]] = () if cache_key is None else cache_key.bindparams
     rows: dict[bytes, list[int]] = {}
@@ -84,18 +87,6 @@ def _as_select(statement: Update | Delete) -> SelectBase:
     if statement._independent_ctes:
         rows = rows.add_cte(*statement._independent_ctes)
     return rows.where(*statement._where_criteria)
-
-
-def _check_names(statement: Update | Delete, target: Target, cache_key: CacheKey | None, sets: Sequence[Given]) -> None:
-    """Refuse parameters given by a name that only SQLAlchemy's compiler chooses: what they mean cannot be told."""
-    explicit = {parameter.key for parameter in cache_key.bindparams} if cache_key is not None else set()
-    names = explicit | set(target.table.c.keys())
-    for name in {name for given in sets for name in given} - names:
-        if GENERATED.fullmatch(name):
-            raise UnsupportedOperation(
-                f"the parameter {name!r} of a write to {target.table.fullname!r} has a generated name",
-                "name it with bindparam()",
-            )
 
 
 def _check_set(
