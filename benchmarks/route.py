@@ -13,9 +13,8 @@ from benchmarks.report import Row, at_least, at_most, measured
 from shardlib import ShardedEngine
 from shardlib.catalog import open_catalog
 from shardlib.dsn import Dsn
-from shardlib.key import encode_key
 from shardlib.ring import Ring, add_shard, build_ring, diff
-from shardlib.token import hash_of
+from shardlib.token import hash_of, token_of
 from shardlib.topology import Shard
 from shardlib.topology.change import initial
 
@@ -29,11 +28,11 @@ def _ring(shards: int) -> Ring:
 
 
 def _through_ring(ring: Ring, keys: list[str]) -> Callable[[], None]:
-    index_of, shard_ids, digest = ring.index_of, ring.shard_ids, hash_of("murmur3")
+    index_of, shard_ids, token = ring.index_of, ring.shard_ids, token_of("murmur3")
 
     def work() -> None:
         for key in keys:
-            shard_ids[index_of(digest(encode_key(key)))]
+            shard_ids[index_of(token(key))]
 
     return work
 

@@ -47,13 +47,11 @@ def encode_key(value: object) -> bytes:
         InvalidShardKey: None, float, NaN, a str with a zero character or a lone surrogate, or any other type.
     """
     kind = value.__class__
-    if kind is str:  # the usual key, without a second call
-        text: str = value  # type: ignore[assignment]
+    if kind is str and "\0" not in value:  # type: ignore[operator]  # the usual key, without a second call
         try:
-            key = text.encode()
+            return value.encode()  # type: ignore[attr-defined, no-any-return]
         except UnicodeEncodeError:
-            return encode_text(text)  # which says what is wrong
-        return key if b"\0" not in key else encode_text(text)
+            pass  # encode_text says what is wrong
     encoder = _ENCODERS.get(kind)
     return encoder(value) if encoder is not None else _by_base(value)
 

@@ -14,9 +14,9 @@ from uuid import UUID
 
 import pytest
 
-from shardlib.errors import InvalidArgument
+from shardlib.errors import InvalidArgument, InvalidShardKey
 from shardlib.key import encode_key
-from shardlib.token import HASH_FUNCTIONS, hash_of
+from shardlib.token import HASH_FUNCTIONS, hash_of, token_of
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "tokens.json").read_text(encoding="utf-8"))["keys"]
 READERS: dict[str, Any] = {
@@ -44,6 +44,7 @@ def test_vectors(vector: dict[str, Any]) -> None:
     assert key.hex() == vector["hex"]
     for name, token in vector["tokens"].items():
         assert hash_of(name)(key) == int(token)
+        assert token_of(name)(value_of(vector)) == int(token)
 
 
 def test_the_vectors_cover_every_type_and_function() -> None:
@@ -119,3 +120,12 @@ def test_tokens_are_the_same_in_every_process() -> None:
 def test_an_unknown_function_is_refused_with_the_known_ones(name: Any) -> None:
     with pytest.raises(InvalidArgument, match="'murmur3', 'xxhash'"):
         hash_of(name)
+    with pytest.raises(InvalidArgument, match="'murmur3', 'xxhash'"):
+        token_of(name)
+
+
+@pytest.mark.parametrize("name", HASH_FUNCTIONS)
+@pytest.mark.parametrize("value", ["a\0b", "\ud800", None, 1.5])
+def test_what_is_no_key_has_no_token(name: str, value: object) -> None:
+    with pytest.raises(InvalidShardKey):
+        token_of(name)(value)
