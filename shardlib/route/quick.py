@@ -13,7 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Column, Table
-from sqlalchemy.orm import Mapper
+from sqlalchemy.orm import Mapper, RelationshipProperty
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import BinaryExpression, BindParameter, BooleanClauseList, ClauseElement
 from sqlalchemy.sql.selectable import Select
@@ -26,8 +26,9 @@ __all__ = ["quick_needs"]
 
 _PLAIN = frozenset(
     {
-        "_raw_columns", "_where_criteria", "_propagate_attrs", "_label_style", "_compile_options",
-        "_execution_options", "_generate_cache_key", "_with_options", "_params",
+        "_raw_columns", "_where_criteria", "_propagate_attrs", "_label_style", "_compile_options", "_execution_options",
+        "_generate_cache_key", "_with_options", "_params", "_is_clone_of", "_memoized_keys", "dialect_options",
+        "_order_by", "_compile_state_funcs",
     }
 )  # fmt: skip
 """Attributes of a SELECT that has neither joins nor order, groups, limits, CTEs or hints."""
@@ -59,7 +60,10 @@ def quick_needs(  # noqa: PLR0911 - each return leaves it to the full analysis
     if type(statement) is not Select:
         return None
     own = statement.__dict__
-    if not (own.keys() <= _PLAIN) or own.get("_with_options") or own.get("_params"):
+    if not (own.keys() <= _PLAIN) or own.get("_with_options") or own.get("_params") or own.get("_order_by"):
+        return None
+    # A lazy load adds one that keeps its reverse relationship lazy; the relationship is what it is kept under.
+    if not all(isinstance(key, RelationshipProperty) for _, key in own.get("_compile_state_funcs", ())):
         return None
     columns = own["_raw_columns"]
     if len(columns) != 1 or "_where_criteria" not in own:
@@ -126,7 +130,7 @@ def _single(column: Any, describe: Describe) -> _Single | None:
         return None
     table: Any = mapper.local_table if mapper is not None else column
     found = _SINGLES.get(table)
-    if found is None or found[0] is not describe:
+    if found is None or found[0] != describe:
         single = None
         if isinstance(table, Table) and not table._annotations:
             key = describe(table)

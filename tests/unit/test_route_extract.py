@@ -64,6 +64,7 @@ from shardlib.errors import (
 )
 from shardlib.key import describe
 from shardlib.route import Needs, Scope, needs_of
+from shardlib.route.quick import quick_needs
 
 KEY = {"shard_key": True}
 
@@ -278,6 +279,31 @@ def test_refused_with_a_way_out(statement: Any) -> None:
     assert "'" in caught.value.reason  # it names a table
 
 
+def test_the_short_way_agrees_with_the_full_analysis() -> None:
+    """What the short way takes, it answers as the analysis would; and it leaves the rest alone."""
+    taken = [
+        select(Order).where(Order.tenant == "a"),
+        select(ORDERS).where(ORDERS.c.tenant_id == "a", ORDERS.c.id > 1, ORDERS.c.total != 5),
+        select(TWO).where(and_(TWO.c.a == "x", TWO.c.b == 1)),
+    ]
+    for statement in taken:
+        quick = quick_needs(statement, {}, describe)
+        assert quick is not None
+        assert quick == needs_of(statement.with_for_update(), None, describe), "which is left to the analysis"
+    left = [
+        select(Order), select(Order).where(Order.tenant > "a"), select(Order).where(Order.tenant == Order.currency),
+        select(Order).where(Order.tenant == "a", ITEMS.c.id == 1), select(Loose).where(Loose.tenant == "a"),
+        select(Person).where(Person.tenant == "a"), select(TWO).where(TWO.c.a == "x"), select(Currency),
+        select(Order).where(or_(Order.tenant == "a", Order.tenant == "b")),
+        select(Order, Item).where(Order.tenant == "a"),
+        select(Order).where(Order.tenant == "a", Order.id == select(func.max(Item.id)).scalar_subquery()),
+        select(Order).options(joinedload(Order.items)).where(Order.tenant == "a"),
+        select(Order).where(Order.tenant == "a", Order.tenant == "b"),
+    ]  # fmt: skip
+    for other in left:
+        assert quick_needs(other, {}, describe) is None
+
+
 def test_several_keys_that_meet_nowhere_need_one_shard() -> None:
     apart = needs(select(Order).join(Item, Item.order_id == Order.id).where(Order.tenant == "a", Item.tenant == "b"))
     assert set(apart.keys) == {b"a", b"b"}
@@ -328,7 +354,14 @@ def test_statements_that_the_orm_makes() -> None:
     with Session(engine) as session:
         session.add_all([Order(tenant="a", id=1), Item(tenant="a", id=1, order_id=1), Order(tenant="b", id=1)])
         session.commit()
-        event.listen(session, "do_orm_execute", lambda s: seen.append(needs_of(s.statement, s.parameters, describe)))
+
+        def look(state: Any) -> None:
+            found = needs_of(state.statement, state.parameters, describe)
+            quick = quick_needs(state.statement, state.parameters or {}, describe)
+            assert quick == found or len(found.keys) != 1, "such loads are read the short way"
+            seen.append(found)
+
+        event.listen(session, "do_orm_execute", look)
         order = session.get(Order, ("a", 1))
         assert order is not None
         assert [item.id for item in order.items] == [1]
