@@ -1,0 +1,123 @@
+"""P5: with the catalog down, reads and writes go on; an application starts from the topology it saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+from sqlalchemy import select
+
+from shardlib import ShardedEngine, errors
+from shardlib.catalog import open_catalog
+from shardlib.fence import close_gate, open_gate
+from shardlib.topology.change import renew_gates
+from shardlib_ops import LocalCluster
+from tests.support.eventually import eventually
+from tests.support.facade import AsyncFacade, SyncFacade
+from tests.support.models import Base, Customer
+
+pytestmark = [pytest.mark.promise("P5"), pytest.mark.fault]
+
+
+@pytest.fixture
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(shards=2) as made:
+        with ShardedEngine(made.url) as engine:
+            engine.create_all(Base.metadata)
+        yield made
+
+
+@pytest.fixture(params=[SyncFacade, AsyncFacade], ids=["sync", "asyncio"])
+def kind(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def add(facade: Any, number: int) -> None:
+    facade.session(lambda s: (s.add(Customer(tenant_id=f"t{number}", id=1, name="x")), s.commit()))
+
+
+def count(facade: Any) -> int:
+    return len(facade.session(lambda s: s.scalars(select(Customer)).all()))
+
+
+def test_p5_work_goes_on_while_etcd_is_killed_and_stopped(cluster: LocalCluster, kind: Any) -> None:
+    facade = kind(cluster.url, catalog_timeout_s=1)
+    etcd = cluster.etcd[0]
+    try:
+        add(facade, 0)
+        etcd.kill()
+        for number in range(1, 6):
+            add(facade, number)
+        assert count(facade) == 6
+        with pytest.raises(errors.CatalogUnavailable):
+            facade.core.refresh()
+        etcd.start()
+        etcd.pause()
+        for number in range(6, 10):
+            add(facade, number)
+        assert count(facade) == 10
+        etcd.resume()
+        # And what changes afterwards is learned.
+        catalog = open_catalog(cluster.url)
+        before = eventually(catalog.load, 20, ignore=errors.CatalogUnavailable)
+        catalog.publish(before.evolve(nonce="later"), expected=before.version)
+        eventually(lambda: facade.core.topology.version > before.version, 20)
+        catalog.close()
+    finally:
+        facade.close()
+
+
+def test_p5_an_application_starts_from_its_saved_topology(cluster: LocalCluster, kind: Any, tmp_path: Path) -> None:
+    file = tmp_path / "topology"
+    first = kind(cluster.url, topology_file=file)
+    add(first, 0)
+    eventually(file.exists, 5)
+    first.close()
+    assert file.stat().st_mode & 0o077 == 0
+    cluster.etcd[0].kill()
+    with pytest.raises(errors.CatalogUnavailable):
+        kind(cluster.url, catalog_timeout_s=1)
+    second = kind(cluster.url, topology_file=file, catalog_timeout_s=1)
+    try:
+        add(second, 1)
+        assert count(second) == 2
+    finally:
+        second.close()
+        cluster.etcd[0].start()
+
+
+def test_p5_an_old_saved_topology_is_safe(cluster: LocalCluster, kind: Any, tmp_path: Path) -> None:
+    """The gates have changed since it was saved: its holder is refused, and goes on once the catalog is back."""
+    file = tmp_path / "topology"
+    first = kind(cluster.url, topology_file=file)
+    eventually(file.exists, 5)
+    first.close()
+    catalog = open_catalog(cluster.url)
+    topology = catalog.load()
+    for shard in topology.shards:
+        after = renew_gates(topology, shard.id, nonce=uuid4().hex)
+        with psycopg.connect(shard.primary.conninfo(), autocommit=True) as conn:
+            for number in after.gates_of(shard.id):
+                open_gate(conn, number)
+            catalog.publish(after, expected=topology.version)
+            for number in topology.gates_of(shard.id):
+                assert close_gate(conn, number, budget_s=5).closed
+        topology = after
+    catalog.close()
+    cluster.etcd[0].kill()
+    second = kind(cluster.url, topology_file=file, catalog_timeout_s=0.5, reroute_timeout_s=1)
+    try:
+        with pytest.raises(errors.StaleTopology):
+            add(second, 0)
+        with pytest.raises(errors.StaleTopology):
+            count(second)
+        cluster.etcd[0].start()
+        eventually(lambda: second.core.topology.version == topology.version, 20)
+        add(second, 0)
+        assert count(second) == 1
+    finally:
+        second.close()

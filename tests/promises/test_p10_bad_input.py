@@ -1,0 +1,214 @@
+"""P10: bad input gets a clear error of ours, with the offending value and the way out, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import Column, Float, Integer, MetaData, String, Table, delete, func, insert, select, text, update
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from shardlib import AsyncShardedEngine, ShardedEngine, ShardedSession, errors
+from shardlib.catalog import open_catalog
+from shardlib.dsn import Dsn
+from shardlib_ops import LocalCluster
+from shardlib_ops.manager.bootstrap import NewShard, create_cluster
+from tests.support.models import Base, Currency, Customer, Order
+
+pytestmark = pytest.mark.promise("P10")
+
+
+@pytest.mark.parametrize("engine_class", [ShardedEngine, AsyncShardedEngine])
+@pytest.mark.parametrize(
+    ("url", "options", "error", "match"),
+    [
+        ("etcd://127.0.0.1:1/shop", {}, errors.CatalogUnavailable, r"127\.0\.0\.1:1.*check that it runs"),
+        ("memory://empty", {}, errors.InvalidTopology, "holds no topology|empty"),
+        ("redis://127.0.0.1/x", {}, errors.InvalidArgument, "redis"),
+        ("", {}, errors.InvalidArgument, "url|catalog"),
+        ("memory://empty", {"consistency": "strongest"}, errors.InvalidArgument, "'strongest'.*'eventual'"),
+        ("memory://empty", {"hash_function": "md5"}, errors.InvalidArgument, "'md5'.*murmur3"),
+        ("memory://empty", {"pool_sise": 5}, errors.InvalidArgument, "pool_sise.*pool_size"),
+        ("memory://empty", {"pool_size": -1}, errors.InvalidArgument, "pool_size"),
+        ("memory://empty", {"pool_size": "many"}, errors.InvalidArgument, "'many'"),
+        ("memory://empty", {"poll_s": 0}, errors.InvalidArgument, "poll_s"),
+        ("memory://empty", {"reroute_timeout_s": None}, errors.InvalidArgument, "reroute_timeout_s"),
+    ],
+)
+def test_p10_engine_arguments(
+    engine_class: Any, url: str, options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        engine_class(url, **{"catalog_timeout_s": 0.3} | options)
+
+
+def test_p10_two_engines_with_different_hash_functions(shop: LocalCluster) -> None:
+    with pytest.raises(errors.InvalidTopology, match=r"'murmur3'.*'xxhash'"):
+        ShardedEngine(shop.url, hash_function="xxhash")
+
+
+@pytest.mark.parametrize("key", [None, 1.5, object(), [], {}, "a\0b", ("a", None), (), float("nan")])
+def test_p10_keys(facade: Any, key: object) -> None:
+    for use in (facade.core.shard_for, facade.core.token, facade.engine.session, facade.engine.connect):
+        with pytest.raises(errors.InvalidShardKey) as caught:
+            use(key)
+        assert type(key).__name__ in str(caught.value) or "NULL" in str(caught.value) or "NUL" in str(caught.value)
+
+
+def test_p10_sessions(facade: Any) -> None:
+    with pytest.raises(errors.ShardKeyRequired, match="engine.connect"):
+        facade.engine.connect()
+    with pytest.raises(errors.InvalidArgument, match="consistency"):
+        facade.engine.session("t", consistency="weak")
+    with pytest.raises(errors.InvalidArgument, match="ShardedEngine"):
+        ShardedSession()
+    with pytest.raises(errors.InvalidArgument, match="'odd'"):
+        facade.session(lambda s: s.scalars(select(Customer).execution_options(consistency="odd")).all())
+
+
+REFUSED = [
+    (lambda s: s.execute(text("SELECT 1")), errors.ShardKeyRequired, "session"),
+    (lambda s: s.connection(), errors.ShardKeyRequired, "session"),
+    (lambda s: s.execute(update(Customer).values(name="x")), errors.ShardKeyRequired, "all_shards"),
+    (lambda s: s.execute(delete(Customer)), errors.ShardKeyRequired, "all_shards"),
+    (lambda s: s.execute(insert(Customer).values(id=1, name="x")), errors.ShardKeyRequired, "tenant_id"),
+    (lambda s: (s.add(Customer(id=1, name="x")), s.flush()), errors.ShardKeyRequired, "tenant_id"),
+    (lambda s: s.execute(insert(Currency).values(code="EUR")), errors.UnsupportedOperation, "bulk_load"),
+    (lambda s: s.execute(delete(Currency)), errors.UnsupportedOperation, "bulk_load"),
+    (lambda s: s.scalars(select(Customer).order_by(Customer.name)), errors.UnsupportedCrossShardQuery, "ORDER BY"),
+    (lambda s: s.scalars(select(Customer).limit(1)), errors.UnsupportedCrossShardQuery, "LIMIT"),
+    (lambda s: s.scalar(select(func.count()).select_from(Customer)), errors.UnsupportedCrossShardQuery, "aggregate"),
+    (lambda s: s.scalars(select(Customer.name).distinct()), errors.UnsupportedCrossShardQuery, "DISTINCT"),
+    (lambda s: s.execute(select(Customer, Order)), errors.UnsupportedCrossShardQuery, "join"),
+    (
+        lambda s: s.execute(update(Customer).where(Customer.tenant_id == "a").values(tenant_id="b")),
+        errors.ShardKeyChanged,
+        "'a'.*'b'|insert a row",
+    ),
+    (lambda s: s.get(Customer, (1.5, 1)), errors.InvalidShardKey, "float"),
+]
+
+
+@pytest.mark.parametrize(("work", "error", "match"), REFUSED)
+def test_p10_statements_of_a_routed_session(facade: Any, work: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        facade.session(work)
+    # The session's transaction is not broken by it: nothing was sent.
+    assert facade.session(lambda s: s.scalars(select(Customer)).all()) == []
+
+
+def test_p10_other_keys_in_a_pinned_session(facade: Any, keys: list[str]) -> None:
+    for work in (
+        lambda s: s.get(Customer, (keys[1], 1)),
+        lambda s: s.scalars(select(Customer).where(Customer.tenant_id.in_(keys))),
+        lambda s: (s.add(Customer(tenant_id=keys[1], id=1, name="x")), s.flush()),
+        lambda s: s.execute(insert(Customer).values(tenant_id=keys[1], id=1, name="x")),
+        lambda s: s.execute(insert(Customer), [{"tenant_id": key, "id": 1, "name": "x"} for key in keys]),
+        lambda s: s.bulk_insert_mappings(Customer, [{"tenant_id": keys[1], "id": 1, "name": "x"}]),
+    ):
+        with pytest.raises(errors.ShardKeyMismatch, match=keys[1]):
+            facade.session(work, keys[0])
+    assert facade.session(lambda s: s.scalars(select(Customer)).all()) == []
+
+
+def test_p10_changing_the_key_of_an_object(facade: Any, keys: list[str]) -> None:
+    def body(s: Any) -> None:
+        customer = Customer(tenant_id=keys[0], id=1, name="x")
+        s.add(customer)
+        s.commit()
+        customer.tenant_id = keys[1]
+        with pytest.raises(errors.ShardKeyChanged) as caught:
+            s.flush()
+        assert (caught.value.old, caught.value.new) == (keys[0], keys[1])
+        s.rollback()
+        assert s.get(Customer, (keys[0], 1)).name == "x"
+
+    facade.session(body)
+
+
+def test_p10_models(facade: Any) -> None:
+    def refused(*columns: Column[Any], error: type[Exception], match: str, **info: Any) -> None:
+        metadata = MetaData()
+        Table("bad", metadata, *columns, **info)
+        with pytest.raises(error, match=match):
+            facade.core.create_all(metadata)
+
+    key = {"info": {"shard_key": True}}
+    refused(Column("id", Integer, primary_key=True), error=errors.ShardKeyRequired, match="'bad'.*shard_key")
+    refused(Column("k", Float, primary_key=True, **key), error=errors.InvalidShardKey, match="k")
+    refused(Column("k", String, nullable=True, **key), error=errors.InvalidShardKey, match="null|NULL")
+    refused(
+        Column("id", Integer, primary_key=True), Column("k", String, nullable=False, **key),
+        error=errors.InvalidTopology, match="primary key",
+    )  # fmt: skip
+    refused(
+        Column("k", String, primary_key=True, **key), info={"reference": True},
+        error=errors.InvalidShardKey, match="reference",
+    )  # fmt: skip
+    for server in facade.core.topology.shards:
+        with psycopg.connect(server.primary.conninfo()) as conn:
+            assert conn.execute("SELECT to_regclass('bad')").fetchone() == (None,)
+
+
+def test_p10_a_table_that_the_cluster_does_not_know(facade: Any) -> None:
+    class Local(DeclarativeBase):
+        pass
+
+    class Unknown(Local):
+        __tablename__ = "unknown"
+        k: Mapped[str] = mapped_column(primary_key=True, info={"shard_key": True})
+
+    with pytest.raises(errors.InvalidTopology, match=r"'unknown'.*create_all.*register"):
+        facade.session(lambda s: s.get(Unknown, "x"))
+
+    class Other(DeclarativeBase):
+        pass
+
+    class Redeclared(Other):
+        __tablename__ = "customer"
+        tenant_id: Mapped[str] = mapped_column(primary_key=True)
+        id: Mapped[int] = mapped_column(primary_key=True, info={"shard_key": True})
+
+    with pytest.raises(errors.InvalidTopology, match="tenant_id"):
+        facade.session(lambda s: s.get(Redeclared, ("x", 1)))
+    with pytest.raises(errors.InvalidTopology, match="cannot change"):
+        facade.core.create_all(Other.metadata)
+
+
+@pytest.fixture
+def broken() -> Iterator[tuple[str, LocalCluster]]:
+    """A cluster in memory with one shard whose server is not what the catalog says."""
+    with LocalCluster(shards=1, bootstrap=False) as cluster:
+        yield "memory://broken", cluster
+
+
+def test_p10_shards_that_are_not_right(broken: tuple[str, LocalCluster]) -> None:
+    url, cluster = broken
+    catalog = open_catalog(url)
+    good = Dsn(cluster.servers[0].dsn)
+    with pytest.raises(errors.ShardUnavailable, match="one"):
+        create_cluster(catalog, [NewShard("one", Dsn("postgresql://postgres@127.0.0.1:1/postgres"))])
+    wrong = good.reveal().replace(":" + good.reveal().split(":")[2].split("@")[0] + "@", ":wrong@")
+    with pytest.raises(errors.ShardUnavailable, match="password"):
+        create_cluster(catalog, [NewShard("one", Dsn(wrong))])
+    with pytest.raises(errors.InvalidArgument, match="postgresql://"):
+        Dsn("mysql://root@localhost/db")
+    with pytest.raises(errors.ShardlibError):
+        create_cluster(catalog, [NewShard("one", good), NewShard("one", good)])
+    with pytest.raises(errors.ShardlibError):
+        create_cluster(catalog, [])
+    assert catalog.version() is None
+    create_cluster(catalog, [NewShard("one", good)])
+    with pytest.raises(errors.InvalidTopology, match="1"):
+        create_cluster(catalog, [NewShard("two", good)])
+    with ShardedEngine(url) as engine:
+        engine.create_all(Base.metadata)
+        with psycopg.connect(good.conninfo(), autocommit=True) as conn:
+            conn.execute("DROP SCHEMA shardlib CASCADE")
+        with pytest.raises(errors.InvalidTopology, match="no schema shardlib"):
+            engine.session("t").scalars(select(Customer)).all()
+        engine.create_all(Base.metadata)
+        assert engine.session("t").scalars(select(Customer)).all() == []
+    catalog.close()
