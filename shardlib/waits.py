@@ -149,9 +149,7 @@ def _settle(outcomes: Sequence[_Outcome[T]], timeout_s: float | None) -> list[T]
         first = failed[0][1]
         for i, error in failed[1:]:
             if error is not first:
-                first.add_note(
-                    f"call {i + 1} of {len(outcomes)} also failed: {type(error).__name__}: {error}"
-                )
+                first.add_note(f"call {i + 1} of {len(outcomes)} also failed: {type(error).__name__}: {error}")
         try:
             raise first
         finally:
@@ -188,8 +186,7 @@ class _Batch(Generic[T]):
     def __init__(self, calls: Sequence[Callable[[], T]]) -> None:
         self.outcomes: list[_Outcome[T]] = [_Outcome() for _ in calls]
         self._todo = deque(
-            (call, contextvars.copy_context(), outcome)
-            for call, outcome in zip(calls, self.outcomes, strict=True)
+            (call, contextvars.copy_context(), outcome) for call, outcome in zip(calls, self.outcomes, strict=True)
         )
         self._left = len(calls)
         self._lock = threading.Lock()
@@ -425,9 +422,7 @@ class GreenletWaits:
                     outcome.error = error
 
         stopping = False
-        tasks = [
-            asyncio.create_task(child(call, outcome)) for call, outcome in zip(calls, outcomes, strict=True)
-        ]
+        tasks = [asyncio.create_task(child(call, outcome)) for call, outcome in zip(calls, outcomes, strict=True)]
         try:
             _, pending = await asyncio.wait(tasks, timeout=timeout_s)
         except asyncio.CancelledError:
@@ -545,9 +540,7 @@ class _LoopEnd:
         self._notice = self._until_end(forget)
         await anext(self._notice)
 
-    async def _until_end(
-        self, forget: Callable[[asyncio.AbstractEventLoop], None]
-    ) -> AsyncGenerator[None, None]:
+    async def _until_end(self, forget: Callable[[asyncio.AbstractEventLoop], None]) -> AsyncGenerator[None, None]:
         try:
             yield
         finally:
@@ -607,9 +600,7 @@ class Ticker:
         self._lock, self._stop = threading.Lock(), None
 
 
-def _tick_until(
-    stop: threading.Event, interval_s: float, tick: weakref.WeakMethod[Callable[[], None]]
-) -> None:
+def _tick_until(stop: threading.Event, interval_s: float, tick: weakref.WeakMethod[Callable[[], None]]) -> None:
     while not stop.wait(interval_s):
         method = tick()
         if method is None:

@@ -80,9 +80,7 @@ class Member:
         "waiting",
     )
 
-    def __init__(
-        self, shard: str, *, idle_max: int, size_max: int, connects_max: int, breaker: Breaker
-    ) -> None:
+    def __init__(self, shard: str, *, idle_max: int, size_max: int, connects_max: int, breaker: Breaker) -> None:
         self.shard, self.breaker = shard, breaker
         self.idle_max, self.size_max, self.connects_max = idle_max, size_max, connects_max
         self.size = 0
@@ -103,8 +101,7 @@ class Member:
     def may_connect(self, now: float) -> bool:
         """Whether one more attempt is allowed; an endpoint that has just failed gets one at a time."""
         return (
-            self.connecting < (1 if self.breaker.failures else self.connects_max)
-            and self.breaker.blocked_s(now) == 0
+            self.connecting < (1 if self.breaker.failures else self.connects_max) and self.breaker.blocked_s(now) == 0
         )
 
     def push(self, entry: Entry) -> None:
@@ -410,11 +407,7 @@ class ConnectionBudget:
         found: Member | None = None
         since = 0.0
         for member in self._members:
-            if (
-                member.idle_count
-                and (entry := member.oldest())
-                and (found is None or entry.idle_since < since)
-            ):
+            if member.idle_count and (entry := member.oldest()) and (found is None or entry.idle_since < since):
                 found, since = member, entry.idle_since
         return found
 
@@ -511,9 +504,7 @@ class ConnectionBudget:
         for entry in section.close:
             try:
                 entry.close()
-            except (
-                Exception
-            ):  # a listener of the pool's close event: the connection is out of the pool all the same
+            except Exception:  # a listener of the pool's close event: the connection is out of the pool all the same
                 log.exception("closing a connection")
 
 

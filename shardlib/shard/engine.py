@@ -34,9 +34,7 @@ class ShardEngine(Engine):
     shard_id: str
     role: Role
 
-    def __init__(
-        self, pool: ShardPool, dialect: SharedDialect, compiled_cache: Any, url: URL, echo: bool
-    ) -> None:
+    def __init__(self, pool: ShardPool, dialect: SharedDialect, compiled_cache: Any, url: URL, echo: bool) -> None:
         super().__init__(pool, dialect.dialect, url, echo=echo or None, query_cache_size=0)
         self._compiled_cache = compiled_cache
         self.shard_id, self.role = pool.shard, pool.role

@@ -177,9 +177,7 @@ class ShardPools:
 
 
 def _pool(engine: ShardEngine) -> ShardPool:
-    return cast(
-        "ShardPool", engine.pool
-    )  # not a property of the engine: `Engine.dispose` puts a new pool there
+    return cast("ShardPool", engine.pool)  # not a property of the engine: `Engine.dispose` puts a new pool there
 
 
 def _opening(pool: ShardPool) -> Callable[[], None]:

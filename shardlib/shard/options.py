@@ -84,9 +84,7 @@ class PoolOptions:
         if self.pre_ping_idle_s is not None:
             self._seconds("pre_ping_idle_s", zero=True)
         if self.breaker_wait_s_max < self.breaker_wait_s_first:
-            raise InvalidArgument(
-                "breaker_wait_s_max", self.breaker_wait_s_max, "not below breaker_wait_s_first"
-            )
+            raise InvalidArgument("breaker_wait_s_max", self.breaker_wait_s_max, "not below breaker_wait_s_first")
         if self.prepare_threshold is not None:
             self._at_least("prepare_threshold", 0)
         if not isinstance(self.application_name, str) or not self.application_name.isprintable():

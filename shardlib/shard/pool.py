@@ -25,7 +25,7 @@ from shardlib.shard.budget import ConnectionBudget, Member, Section, Ticket
 from shardlib.shard.connect import conninfo_of, explain, jittered_lifetime_s, lost
 from shardlib.shard.dialect import SharedDialect
 from shardlib.shard.options import PoolOptions, Role
-from shardlib.shard.probe import answers, cut, dead, poller_of, sever
+from shardlib.shard.probe import answers, cut, dead, let_go, poller_of, sever
 from shardlib.waits import Waits, forget_after_fork
 
 __all__ = ["PoolContext", "PoolStats", "ShardPool"]
@@ -129,6 +129,10 @@ class ShardPool(Pool):
         self.tried = dsn
         """The endpoint of the latest attempt."""
         self._entries: weakref.WeakSet[PoolEntry] = weakref.WeakSet()
+        # SQLAlchemy would run the first connect event under a mutex: without a time limit, and under asyncio with a
+        # lock of one event loop. Ours may run side by side (`SharedDialect.set_up`).
+        events: Any = self.dispatch.connect.for_modify(self.dispatch)
+        events._exec_w_sync_once = True  # noqa: SLF001 - the integration tests fail where it goes
         context.budget.join(self.member)
         forget_after_fork(self)
 
@@ -243,9 +247,7 @@ class ShardPool(Pool):
 
     def recreate(self) -> ShardPool:
         """A new pool for the same endpoint, with the same listeners."""
-        return type(self)(
-            self.context, self.shard, self.role, self.endpoint, self.name, self.tried, self.dispatch
-        )
+        return type(self)(self.context, self.shard, self.role, self.endpoint, self.name, self.tried, self.dispatch)
 
     def status(self) -> str:
         """One line for people."""
@@ -289,13 +291,17 @@ class ShardPool(Pool):
             connection = self._dial(conninfo)
         except Exception as error:
             reason, down = explain(error, dsn, conninfo)
+            let_go(error)
             self._budget.end_attempt(member, reason if down else None, jitter)
-            if isinstance(error, psycopg.Error | OSError):
-                raise ShardUnavailable(self.name, reason) from None
-            raise
-        except BaseException:
+            if not isinstance(error, psycopg.Error | OSError):
+                raise
+            connection = None
+        except BaseException as error:
+            let_go(error)
             self._budget.give_up_attempt(member)
             raise
+        if connection is None:  # raised here, so that the driver's error and its socket are not kept as its context
+            raise ShardUnavailable(self.name, reason)
         self._budget.end_attempt(member, None, jitter)
         driver = self._dialect.get_driver_connection(connection)
         try:
@@ -321,9 +327,7 @@ class ShardPool(Pool):
         arguments = {"context": context.dialect.adapters, "prepare_threshold": threshold}
         if not context.waits.is_async:
             return context.connection_class.connect(conninfo, **arguments)
-        return context.dialect.dialect.connect(
-            conninfo, async_creator_fn=context.connection_class.connect, **arguments
-        )
+        return context.dialect.dialect.connect(conninfo, async_creator_fn=context.connection_class.connect, **arguments)
 
     def _adopt(self, entry: PoolEntry, driver: Any, dsn: Dsn, jitter: float) -> None:
         entry.owner = self._owner()

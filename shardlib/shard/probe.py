@@ -6,6 +6,7 @@ import os
 import select
 import socket
 from time import monotonic
+from traceback import clear_frames
 from typing import Any, Final
 
 from psycopg import Error, OperationalError
@@ -13,7 +14,7 @@ from psycopg.pq import ExecStatus
 
 from shardlib.waits import Waits
 
-__all__ = ["answers", "cut", "dead", "poller_of", "sever"]
+__all__ = ["answers", "cut", "dead", "let_go", "poller_of", "sever"]
 
 # Sent by a living server unasked: NoticeResponse, ParameterStatus, NotificationResponse. An ErrorResponse is
 # its end.
@@ -78,6 +79,17 @@ def cut(pgconn: Any) -> None:
         return
     finally:
         its.detach()
+
+
+def let_go(error: BaseException) -> None:
+    """Close the socket of an attempt that failed or was cancelled, now and not when the error is collected.
+
+    A half-open login holds a slot of the server, and until its own time limit it holds up what waits for all
+    sessions there, such as DROP DATABASE. The driver keeps it in the frames of the error's traceback.
+    """
+    clear_frames(error.__traceback__)
+    if (pgconn := getattr(error, "pgconn", None)) is not None:
+        pgconn.finish()
 
 
 def sever(pgconn: Any) -> None:

@@ -250,9 +250,7 @@ class Pools(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.world = World(limit=4)
-        self.members = [
-            self.world.member(name, idle_max=i + 1, size_max=i + 2) for i, name in enumerate("abc")
-        ]
+        self.members = [self.world.member(name, idle_max=i + 1, size_max=i + 2) for i, name in enumerate("abc")]
         self.used: list[tuple[Member, Fake]] = []
         self.permits: list[tuple[Member, object]] = []
         self.tickets: list[tuple[Member, Ticket]] = []
@@ -332,12 +330,8 @@ class Pools(RuleBasedStateMachine):
         budget, held = self.world.budget, [(m, t) for m, t in self.tickets if t.permit or t.entry is not None]
         for member in self.members:
             idle = [e for stack in member.idle.values() for e in stack]
-            in_use = sum(m is member for m, _ in self.used) + sum(
-                m is member and t.entry is not None for m, t in held
-            )
-            opening = sum(m is member for m, _ in self.permits) + sum(
-                m is member and t.permit for m, t in held
-            )
+            in_use = sum(m is member for m, _ in self.used) + sum(m is member and t.entry is not None for m, t in held)
+            opening = sum(m is member for m, _ in self.permits) + sum(m is member and t.permit for m, t in held)
             assert (member.idle_count, member.in_use, member.connecting) == (len(idle), in_use, opening)
             assert member.size <= member.size_max
             assert len(idle) <= member.idle_max

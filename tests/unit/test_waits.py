@@ -371,9 +371,7 @@ def test_ticker_outlives_an_error_and_shows_it(caplog: pytest.LogCaptureFixture)
     assert "the disk is full" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: ThreadWaits(0), lambda: GreenletWaits(0), lambda: Ticker(0, gc.enable, "x")]
-)
+@pytest.mark.parametrize("make", [lambda: ThreadWaits(0), lambda: GreenletWaits(0), lambda: Ticker(0, gc.enable, "x")])
 def test_wrong_bounds_are_refused(make: Callable[[], object]) -> None:
     with pytest.raises(InvalidArgument):
         make()
