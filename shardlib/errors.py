@@ -8,6 +8,7 @@
      │   ├─ ShardUnavailable               no server of the shard answered
      │   ├─ CatalogUnavailable             the catalog did not answer
      │   └─ PoolTimeout                    no connection became free in time
+     ├─ BulkLoadIncomplete                 a bulk load is committed on some shards and not on others
      ├─ CommitOutcomeUnknown               COMMIT was sent, its answer never came: never retried by itself
      ├─ ShardKeyRequired                   the statement or row names no shard key
      ├─ ShardKeyMismatch                   a key other than the one the session is pinned to
@@ -24,9 +25,10 @@ Errors pickle, carry their values as attributes, and never hold a password.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 __all__ = [
+    "BulkLoadIncomplete",
     "CatalogUnavailable",
     "CommitOutcomeUnknown",
     "CrossShardTransaction",
@@ -128,6 +130,37 @@ class CommitOutcomeUnknown(ShardlibError):
         return (
             f"the outcome of a COMMIT on shard {self.shard!r} is unknown: {self.reason}; "
             "read back what it wrote before running it again"
+        )
+
+
+class BulkLoadIncomplete(ShardlibError):
+    """A bulk load failed after a part of it was committed. Its `__cause__` is the first failure.
+
+    Attributes:
+        table: the table that was loaded.
+        committed: shard name -> rows that are committed there, the first so many of that shard's rows.
+        failed: names of the shards that had taken rows which are not committed.
+        unknown: names of the shards whose last COMMIT has no known outcome; see `CommitOutcomeUnknown`.
+        reason: the first failure, as text.
+    """
+
+    def __init__(
+        self, table: str, committed: Mapping[str, int], failed: Sequence[str], unknown: Sequence[str], reason: str
+    ) -> None:
+        super().__init__(table, dict(committed), tuple(failed), tuple(unknown), reason)
+        self.table, self.committed = table, dict(committed)
+        self.failed, self.unknown, self.reason = tuple(failed), tuple(unknown), reason
+
+    def __str__(self) -> str:
+        committed = ", ".join(f"{name!r} ({rows} rows)" for name, rows in self.committed.items()) or "no shard"
+        parts = [f"the bulk load of {self.table!r} is committed on {committed}"]
+        if self.failed:
+            parts.append(f"what was sent to {', '.join(map(repr, self.failed))} since is not")
+        if self.unknown:
+            parts.append(f"the outcome on {', '.join(map(repr, self.unknown))} is unknown")
+        return (
+            f"{', '.join(parts)}: {self.reason}; load again what is missing there, "
+            "or delete what is committed and load everything again"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -12,6 +12,7 @@ from sqlalchemy import Engine, MetaData
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, async_sessionmaker
 from sqlalchemy.util import greenlet_spawn
 
+from shardlib.engine.bulk import BulkProgress, BulkResult, bulk_load
 from shardlib.engine.engine import _NO_KEY, ShardedEngine
 from shardlib.engine.pinned import PinnedEngine
 from shardlib.errors import ShardKeyRequired
@@ -110,6 +111,25 @@ class AsyncShardedEngine:
                 if wait_s is None:
                     raise
                 await asyncio.sleep(wait_s)  # the one wait outside waits.py: it is the caller's own coroutine
+
+    async def bulk_load(
+        self,
+        table: Any,
+        rows: Iterable[Any] | AsyncIterable[Any],
+        *,
+        columns: Sequence[Any] | None = None,
+        progress: Callable[[BulkProgress], object] | None = None,
+        batch_rows: int | None = None,
+        stall_timeout_s: float = 300.0,
+    ) -> BulkResult:
+        """See `ShardedEngine.bulk_load`; `rows` may be an async iterable, and `progress` a coroutine function.
+
+        A cancellation leaves nothing committed, unless it comes between the commits; a note on it then tells.
+        """
+        return await greenlet_spawn(
+            bulk_load, self.sync_engine._core, table, rows,  # noqa: SLF001 - its own inside
+            columns=columns, progress=progress, batch_rows=batch_rows, stall_timeout_s=stall_timeout_s,
+        )  # fmt: skip
 
     async def refresh(self) -> Topology:
         """See `ShardedEngine.refresh`."""

@@ -14,10 +14,10 @@ from types import NoneType
 from typing import Any, Final
 from uuid import UUID
 
-from psycopg import adapt, postgres
+from psycopg import Binary, adapt, postgres
 from psycopg.adapt import AdaptersMap, Dumper, PyFormat, Transformer
 from psycopg.pq import Format
-from sqlalchemy import Boolean, Column, bindparam
+from sqlalchemy import Boolean, Column, LargeBinary, bindparam
 from sqlalchemy.engine import Dialect
 
 from shardlib.errors import InvalidArgument, UnsupportedOperation
@@ -30,6 +30,9 @@ _NULL: Final = "\\N"
 _BETWEEN: Final = "\0"
 """Stands between the values of a column while they are escaped as one; no text of PostgreSQL can hold it."""
 _ESCAPES: Final = (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r"))
+_NEVER: Final[frozenset[type]] = frozenset()
+_NEEDLESS: Final = {Boolean: frozenset({bool, NoneType}), LargeBinary: frozenset({bytes, NoneType})}
+"""Types whose bind processor, for values of these types, only checks or wraps."""
 _BOOLEANS: Final = {True: "t", False: "f"}
 
 
@@ -75,7 +78,7 @@ class ColumnText:
         impl = kind.dialect_impl(dialect)
         self._name = str(column)
         self._process: Process | None = impl.bind_processor(dialect)
-        self._checks_only = isinstance(impl, Boolean)
+        self._needless = next((types for base, types in _NEEDLESS.items() if isinstance(impl, base)), _NEVER)
         self._dump = dump
 
     def texts(self, values: Sequence[Any], first: int) -> Sequence[str]:
@@ -97,7 +100,7 @@ class ColumnText:
 
     def _texts(self, values: Sequence[Any]) -> Sequence[str]:
         kinds = set(map(type, values))
-        if self._process is not None and not (self._checks_only and kinds <= {bool, NoneType}):
+        if self._process is not None and not kinds <= self._needless:
             values = list(map(self._process, values))
             kinds = set(map(type, values))
         nullable = NoneType in kinds
@@ -171,7 +174,7 @@ class _Dump:
 
     def __init__(self, dialect: Dialect) -> None:
         adapters = AdaptersMap(dialect._psycopg_adapters_map)  # type: ignore[attr-defined]  # noqa: SLF001 - as the pools
-        for kind in (bytes, bytearray, memoryview):
+        for kind in (bytes, bytearray, memoryview, Binary):
             adapters.register_dumper(kind, _HexDumper)
         self._transformer = Transformer(adapters)
 
@@ -187,4 +190,4 @@ class _HexDumper(Dumper):
     format = Format.TEXT
 
     def dump(self, obj: Any) -> adapt.Buffer:
-        return b"\\x" + obj.hex().encode()
+        return b"\\x" + bytes(obj.obj if isinstance(obj, Binary) else obj).hex().encode()

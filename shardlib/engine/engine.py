@@ -6,7 +6,7 @@ import os
 import random
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -17,6 +17,7 @@ from sqlalchemy.orm import sessionmaker
 
 from shardlib.catalog import Catalog, TopologyCache, open_catalog
 from shardlib.dsn import Dsn
+from shardlib.engine.bulk import BulkProgress, BulkResult, bulk_load
 from shardlib.engine.options import EngineOptions
 from shardlib.engine.pinned import connect_pinned
 from shardlib.engine.schema import SchemaChange
@@ -32,6 +33,7 @@ from shardlib.session.instances import InstanceKeys
 from shardlib.session.session import ShardedSession
 from shardlib.session.twophase import Settled, settle
 from shardlib.shard import PoolOptions, ShardConnection, ShardPools
+from shardlib.token import token_of
 from shardlib.topology import Shard, Topology
 from shardlib.waits import GreenletWaits, ThreadWaits
 
@@ -138,7 +140,7 @@ class ShardedEngine:
         event.listen(pools.dialect, "handle_error", _show_unknown_commit)
         self._core = Core(self._cache, pools, waits, self.options.reroute_timeout_s)
         self._instance_keys = InstanceKeys(self._core.described)
-        self._token = self._core.token
+        self._token = token_of(self._cache.current.hash_function)
         self._schema_lock = threading.Lock()
         self._cache.listen(self._topology_changed)
         _engines.add(self)
@@ -164,7 +166,7 @@ class ShardedEngine:
         Raises:
             InvalidShardKey: the value cannot be a key.
         """
-        return self._token(encode_key(shard_key))
+        return self._token(shard_key)
 
     def shard_for(self, shard_key: object) -> Shard:
         """The shard that owns a key by the topology in memory.
@@ -172,7 +174,7 @@ class ShardedEngine:
         Raises:
             InvalidShardKey: the value cannot be a key.
         """
-        return self._cache.current.place(self._token(encode_key(shard_key))).shard
+        return self._cache.current.place(self._token(shard_key)).shard
 
     def _topology_changed(self, topology: Topology) -> None:
         kept = {shard.id for shard in topology.shards}
@@ -263,6 +265,52 @@ class ShardedEngine:
                 if wait_s is None:
                     raise
                 self._core.waits.sleep(wait_s)
+
+    def bulk_load(
+        self,
+        table: Any,
+        rows: Iterable[Any],
+        *,
+        columns: Sequence[Any] | None = None,
+        progress: Callable[[BulkProgress], object] | None = None,
+        batch_rows: int | None = None,
+        stall_timeout_s: float = 300.0,
+    ) -> BulkResult:
+        """Load rows with COPY, into all shards side by side; a reference table's rows go to every shard in full.
+
+        The rows are read once and never held as a whole: at most 1,024 of them, and 64 KiB of text for each shard.
+        One connection of each shard concerned is in use. Values pass the types of their columns, as in an INSERT;
+        a column that no row gives gets its `default`, or is left to the server.
+
+        Not atomic across shards: nothing is committed before every shard has accepted all of its rows; then one
+        shard after the other commits. With `batch_rows` each shard commits as it goes. As every transaction does,
+        the load holds its gates: ranges that it writes to cannot be moved meanwhile, so load much in batches.
+
+        Args:
+            table: a Table (rows name its columns) or a mapped class of one table (rows name its attributes).
+            rows: an iterable of mappings, or of tuples if `columns` is given. All give the same columns.
+            columns: names of the columns that the rows give, in the order of the tuples; else the first row tells.
+            progress: called about 10 times a second, and at the end, with a `BulkProgress`; what it raises ends
+                the load.
+            batch_rows: commit a shard after so many rows or a few more; None: everything at the end.
+            stall_timeout_s: a shard may take no data, or give no answer, for so long (seconds).
+
+        Raises:
+            InvalidArgument, InvalidShardKey, ShardKeyRequired: of a row; the message or a note tells its number,
+                counted from 1. As below, nothing is committed unless it is a `BulkLoadIncomplete`.
+            InvalidTopology: the cluster does not know the table.
+            UnsupportedOperation: a column needs SQL on its way in, or a shard is read-only.
+            sqlalchemy.exc.DBAPIError: a shard refuses a row (IntegrityError, DataError, ...), or its connection was
+                lost (OperationalError).
+            StaleTopology: a gate was closed after rows had been sent.
+            ShardUnavailable, PoolTimeout: a shard could not be reached, or stalled.
+            CommitOutcomeUnknown: the one shard of the load gave no answer to COMMIT.
+            BulkLoadIncomplete: it failed after something was committed (or may have been); it tells what.
+        """
+        return bulk_load(
+            self._core, table, rows,
+            columns=columns, progress=progress, batch_rows=batch_rows, stall_timeout_s=stall_timeout_s,
+        )  # fmt: skip
 
     # -- schema ---------------------------------------------------------------------------------------------------
 
