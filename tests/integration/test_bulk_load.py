@@ -48,6 +48,7 @@ from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 from shardlib import AsyncShardedEngine, ShardedEngine
 from shardlib.catalog import open_catalog
 from shardlib.dsn import Dsn
+from shardlib.engine import bulk_copy
 from shardlib.engine.bulk import BulkProgress
 from shardlib.errors import (
     BulkLoadIncomplete,
@@ -61,8 +62,9 @@ from shardlib.errors import (
     UnsupportedOperation,
 )
 from shardlib.fence.gate import close_gate, open_gate
+from shardlib.ring import TokenRange
 from shardlib.topology import Status
-from shardlib.topology.change import renew_gates
+from shardlib.topology.change import give_gate, renew_gates
 from shardlib_ops import LocalCluster
 from shardlib_ops.local import LocalServer
 from shardlib_ops.manager.bootstrap import NewShard, create_cluster
@@ -705,6 +707,77 @@ def test_a_gate_closed_after_rows_were_sent_is_stale(shop: Shop, load: Load) -> 
         publish()
     shop.gates_free()
     assert sum(shop.count("late").values()) == 0
+
+
+def own_gate(shop: Shop, key: str) -> int:
+    """Give one key a gate of its own, and let the old gate of its shard be closed; the new gate's number."""
+    catalog = open_catalog(shop.url)
+    before = catalog.load(None)
+    shard_id, token = shop.engine.shard_for(key).id, shop.engine.token(key)
+    after = give_gate(before, shard_id, [TokenRange(token, token)], nonce=uuid.uuid4().hex)
+    with shop.servers[int(shard_id[1:]) - 1].connect() as conn:
+        for number in after.gates_of(shard_id):
+            open_gate(conn, number)
+        catalog.publish(after, expected=before.version)
+        for number in before.gates_of(shard_id):
+            assert close_gate(conn, number, budget_s=5).closed
+    for engine in (shop.engine, shop.other.sync_engine):
+        engine.refresh()
+    return after.place(token).gate
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["open", "closed"])
+def test_a_further_gate_of_a_shard_is_taken_on_the_way(shop: Shop, load: Load, closed: bool) -> None:
+    here = [f"k{i}" for i in range(1000) if shop.engine.shard_for(f"k{i}").id == "s3"]
+    gate = own_gate(shop, here[0])
+
+    def rows() -> Iterator[tuple[str, int]]:
+        for i in range(3000):
+            yield here[1 + i % 9], i
+        with shop.servers[2].connect() as conn:
+            if closed:
+                assert close_gate(conn, gate, budget_s=5).closed
+        for i in range(2001):  # more than one portion
+            yield here[0], i
+        if not closed:
+            with shop.servers[2].connect() as conn:
+                assert not close_gate(conn, gate, budget_s=0.1).closed, "the load holds it"
+
+    if not closed:
+        assert load(late, rows(), columns=["tenant", "id"]).rows == 5001
+        assert shop.count("late") == {"n0": 0, "n1": 0, "n2": 5001}
+        return
+    try:
+        with pytest.raises(StaleTopology) as caught:
+            load(late, rows(), columns=["tenant", "id"])
+        assert caught.value.gate == gate
+        shop.gates_free()
+        assert sum(shop.count("late").values()) == 0
+    finally:
+        with shop.servers[2].connect() as conn:
+            open_gate(conn, gate)
+
+
+def test_a_long_load_is_many_copies_in_one_transaction(
+    shop: Shop, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server tells what it refuses at the end of a COPY; the row is still found."""
+    monkeypatch.setattr(bulk_copy, "SEGMENT_BYTES", 100_000)
+    read = 0
+
+    def rows(bad: int | None) -> Iterator[tuple[int, str, object]]:
+        nonlocal read
+        for read in range(20_000):
+            yield read, "x" * 90, "wrong" if read == bad else 1
+
+    with pytest.raises(DataError) as caught:
+        load(everything, rows(7_000), columns=["id", "a text", "small"])
+    assert "row 7001 of the load" in notes(caught.value)
+    assert read < 19_999, "the source is not read to its end for nothing"
+    shop.gates_free()
+    assert sum(shop.count("Every thing").values()) == 0
+    assert load(everything, rows(None), columns=["id", "a text", "small"]).rows == 20_000
+    assert sum(shop.count("Every thing").values()) == 20_000
 
 
 def test_in_batches_a_gate_may_close_on_the_way(shop: Shop, load: Load) -> None:
