@@ -17,6 +17,7 @@ import nox
 ROOT = Path(__file__).parent
 REPORTS = os.environ.get("SHARDLIB_REPORTS")
 EXAMPLE_TIMEOUT_S = 180
+TESTS_TIMEOUT_S = 1200
 
 nox.needs_version = ">=2024.10"
 nox.options.default_venv_backend = "none"
@@ -34,7 +35,15 @@ def pytest(session: nox.Session, *arguments: str, interpreter: str = sys.executa
     report = [f"--junit-xml={Path(REPORTS) / session.name}.xml"] if REPORTS else []
     # A file that does not even import must not hide what the others say.
     rest = ["--continue-on-collection-errors", *report, *session.posargs]
-    session.run(interpreter, "-m", "pytest", *arguments, *rest, external=True)
+    command = [interpreter, "-m", "pytest", *arguments, *rest]
+    session.log(" ".join(command))
+    try:
+        # Also a thread that a test leaves behind, and that keeps Python from ending, must not hold up a build server.
+        ended = subprocess.run(command, timeout=TESTS_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        session.error(f"pytest has not ended after {TESTS_TIMEOUT_S} s; was its summary printed above?")
+    if ended.returncode:
+        session.error(f"pytest ended with {ended.returncode}")
 
 
 @nox.session
@@ -116,7 +125,7 @@ def matrix(version: str) -> Callable[[nox.Session], None]:
 
     def run(session: nox.Session) -> None:
         session.install(f"{ROOT}[dev]")
-        pytest(session, "-m", "not fault and not soak", interpreter="python")
+        pytest(session, "-m", "not fault and not soak", interpreter=f"{session.bin}/python")
 
     run.__doc__ = f"The tests on Python {version}, in an environment of its own; skipped where there is none."
     return run
