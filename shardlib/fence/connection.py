@@ -29,6 +29,7 @@ T = TypeVar("T")
 _IDLE: Final = pq.TransactionStatus.IDLE
 _INERROR: Final = pq.TransactionStatus.INERROR
 _FATAL: Final = pq.ExecStatus.FATAL_ERROR
+_IN_TRANSACTION: Final = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
 _COMMIT_AFTER_CANCEL_S: Final = 30.0
 
 
@@ -48,7 +49,7 @@ else:
 def lock_sql(gates: Sequence[int]) -> bytes:
     """The statement that takes these gates. Gate numbers are integers, so nothing needs quoting."""
     if len(gates) == 1:
-        return b"LOCK TABLE shardlib.gate_%d IN ACCESS SHARE MODE" % gates
+        return b"LOCK TABLE shardlib.gate_%d IN ACCESS SHARE MODE" % gates[0]
     return b"LOCK TABLE %s IN ACCESS SHARE MODE" % b", ".join([b"shardlib.gate_%d" % number for number in gates])
 
 
@@ -61,11 +62,63 @@ class _Fenced(_Base):
     """Once set, a transaction starts only with the gates of `arm`. Unset while the driver sets a connection up."""
     _gates: tuple[int, ...] = ()
     _unreplicated: bool = False
+    rolling_back: bool = False
+    """Whether a ROLLBACK was sent whose answer nobody has read yet."""
 
     def arm(self, gates: tuple[int, ...]) -> None:
         """The gates that the next transaction takes. They are used up by its start."""
         self.sealed = True
         self._gates = gates
+
+    def roll_back_unheard(self) -> bool:
+        """Send ROLLBACK without waiting for its answer; False if this transaction needs the usual way.
+
+        The answer carries nothing: the server lets go of locks and gates as it reads the message, and a connection
+        that is lost now is found so by whoever uses it next. What comes next on the connection reads it first.
+        """
+        pgconn = self.pgconn
+        if not self.sealed or self.rolling_back or self._pipeline or self._tpc or self._num_transactions:
+            return False
+        if pgconn.transaction_status not in _IN_TRANSACTION:
+            return False
+        # psycopg lets go of what it has prepared in a transaction that is rolled back; so does this.
+        forget = b"; DEALLOCATE ALL" if self._prepared.clear() else b""
+        self._prepared._to_flush.clear()  # noqa: SLF001 - it goes along in the same message
+        pgconn.send_query(b"ROLLBACK" + forget)
+        pgconn.flush()
+        self.rolling_back = True
+        return True
+
+    def hear_rollback(self) -> None:
+        """Read the answer of a ROLLBACK as far as it has arrived, without waiting.
+
+        Raises:
+            psycopg.OperationalError: the connection was lost.
+        """
+        pgconn = self.pgconn
+        pgconn.consume_input()
+        while not pgconn.is_busy():
+            if pgconn.get_result() is None:
+                self.rolling_back = False
+                return
+
+    def _rolled_back(self) -> PQGen[None]:
+        """Read the answer of a ROLLBACK to its end."""
+        results = yield from generators.fetch_many(self.pgconn)
+        self.rolling_back = False
+        for result in results:
+            if result.status == _FATAL:
+                raise self._error(result)
+
+    def _rollback_gen(self) -> PQGen[None]:
+        if self.rolling_back:
+            yield from self._rolled_back()
+        yield from super()._rollback_gen()
+
+    def _check_intrans_gen(self, attribute: str) -> PQGen[None]:
+        if self.rolling_back:
+            yield from self._rolled_back()
+        yield from super()._check_intrans_gen(attribute)
 
     def begin(self) -> PQGen[None]:
         """Start the transaction now, with the gates of `arm`."""
@@ -75,6 +128,8 @@ class _Fenced(_Base):
         if not self.sealed:
             yield from super()._start_query()
             return
+        if self.rolling_back:
+            yield from self._rolled_back()
         if self.pgconn.transaction_status != _IDLE:
             return
         if self._autocommit:
@@ -99,7 +154,7 @@ class _Fenced(_Base):
 
     def lock_more(self, gates: tuple[int, ...]) -> PQGen[None]:
         """Take more gates inside the running transaction."""
-        self._check_connection_ok()
+        yield from self._ready()
         self.pgconn.send_query(lock_sql(gates))
         yield from self._gates_answer(gates)
 
@@ -109,15 +164,20 @@ class _Fenced(_Base):
         Raises:
             psycopg.Error: the first error that the server answers.
         """
-        self._check_connection_ok()
+        yield from self._ready()
         self.pgconn.send_query(command)
         for result in (yield from generators.execute(self.pgconn)):
             if result.status == _FATAL:
                 raise self._error(result)
 
+    def _ready(self) -> PQGen[None]:
+        if self.rolling_back:
+            yield from self._rolled_back()
+        self._check_connection_ok()
+
     def one_row(self, query: bytes) -> Generator[Any, Any, tuple[str, ...] | None]:
         """The first row of a query as text, or None if there is none, or no such table or schema."""
-        self._check_connection_ok()
+        yield from self._ready()
         self.pgconn.send_query(query)
         results = yield from generators.execute(self.pgconn)
         answer = results[-1]
@@ -156,6 +216,8 @@ class _Fenced(_Base):
         return pg.error_from_result(result, encoding=self.info.encoding)
 
     def _commit_gen(self) -> PQGen[None]:
+        if self.rolling_back:
+            yield from self._rolled_back()
         status = self.pgconn.transaction_status
         if status == _IDLE:
             return
@@ -187,6 +249,12 @@ class FencedConnection(_Fenced, psycopg.Connection[Any]):
         self.add_notice_handler(self._see_notice)
 
 
+    def rollback(self) -> None:
+        """Roll back; see `roll_back_unheard`."""
+        if not self.roll_back_unheard():
+            super().rollback()
+
+
 class AsyncFencedConnection(_Fenced, psycopg.AsyncConnection[Any]):  # type: ignore[misc]
     """An asyncio psycopg connection behind the fence."""
 
@@ -195,6 +263,11 @@ class AsyncFencedConnection(_Fenced, psycopg.AsyncConnection[Any]):  # type: ign
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
         self.add_notice_handler(self._see_notice)
+
+    async def rollback(self) -> None:  # type: ignore[override]
+        """Roll back; see `roll_back_unheard`. Nothing is awaited, so a cancellation cannot leave it half done."""
+        if not self.roll_back_unheard():
+            await cast("Awaitable[None]", super().rollback())
 
     async def commit(self) -> None:  # type: ignore[override]
         """Commit; a cancellation that arrives meanwhile is kept back until the outcome is known.

@@ -111,7 +111,7 @@ class InstanceKeys:
         for table, spec in zip(tables, specs, strict=True):
             if spec.reference:
                 continue
-            columns = [table.columns[name] for name in spec.key_names]
+            columns = [table.columns[name] for name in spec.column_keys]
             primary = list(mapper.primary_key)
             if all(column in primary for column in columns):
                 attributes = tuple(mapper.get_property_by_column(column).key for column in columns)

@@ -96,8 +96,8 @@ class Unit:
             except GateClosed as closed:
                 raise _Refused(shard.name, closed) from None
             adopt(conn)
-            leg = self.legs[shard_id] = Leg(shard, conn, gates)
-            return [leg]
+            self.legs[shard_id] = first = Leg(shard, conn, gates)
+            return [first]
         fresh: list[tuple[Shard, tuple[int, ...]]] = []
         for shard_id, gates in needed.items():
             leg = self.legs.get(shard_id)

@@ -70,7 +70,7 @@ class PoolEntry(_ConnectionRecord):
     """SQLAlchemy's record of a pooled connection, with what our accounts need to know of it."""
 
     __slots__ = (
-        "counted", "dsn", "epoch", "expires_at", "idle_since", "owner", "pgconn", "poller", "set_up_until",
+        "counted", "dsn", "epoch", "expires_at", "fenced", "idle_since", "owner", "pgconn", "poller", "set_up_until",
     )  # fmt: skip
 
     owner: object
@@ -79,6 +79,8 @@ class PoolEntry(_ConnectionRecord):
     epoch: int
     counted: bool
     dsn: Dsn
+    fenced: Any
+    """The driver's connection."""
     pgconn: Any
     poller: select.poll
     set_up_until: float
@@ -192,20 +194,31 @@ class ShardPool(Pool):
                 raise ShardUnavailable(self.name, explain(error, self.tried)[0]) from None
             raise
         self._budget.connected(self.member)
-        driver: Any = entry.driver_connection
-        driver.sealed = True  # set up: from now on a transaction starts with a gate, or not at all
+        entry.fenced.sealed = True  # set up: from now on a transaction starts with a gate, or not at all
         return entry
 
     def _usable(self, entry: PoolEntry) -> bool:
         """Whether a connection that lay idle can be used, without a round trip unless asked for."""
         now = monotonic()
         idle_s = now - entry.idle_since
-        if idle_s > _PEEK_AFTER_S:
+        if entry.fenced.rolling_back and not self._heard(entry):
+            return False
+        if entry.fenced.rolling_back and idle_s > self._check_s:
+            return False  # a server that has not answered for so long
+        if idle_s > _PEEK_AFTER_S and not entry.fenced.rolling_back:
             if entry.pgconn.status != _OK or (entry.poller.poll(0) and dead(entry.pgconn)):
                 return False
             if idle_s > self._check_s:
                 return idle_s < self._idle_s and entry.expires_at > now and self._ping(entry)
         return entry.expires_at > now
+
+    @staticmethod
+    def _heard(entry: PoolEntry) -> bool:
+        try:
+            entry.fenced.hear_rollback()
+        except psycopg.Error:
+            return False
+        return True
 
     def _ping(self, entry: PoolEntry) -> bool:
         try:
@@ -226,7 +239,8 @@ class ShardPool(Pool):
         entry.idle_since = now = monotonic()
         keep = (
             entry.dbapi_connection is not None
-            and entry.pgconn.transaction_status == _IDLE  # UNKNOWN of a closed one
+            # UNKNOWN of a closed one; ACTIVE while a ROLLBACK runs that nobody waits for
+            and (entry.pgconn.transaction_status == _IDLE or entry.fenced.rolling_back)
             and entry.expires_at > now
             and entry.starttime > self._invalidate_time
             and entry.starttime > entry._soft_invalidate_time  # noqa: SLF001 - the record is of our class
@@ -331,7 +345,9 @@ class ShardPool(Pool):
 
     def _adopt(self, entry: PoolEntry, driver: Any, dsn: Dsn, jitter: float) -> None:
         entry.owner = self._owner()
-        entry.pgconn = driver.pgconn
+        entry.pgconn, entry.fenced = driver.pgconn, driver
+        if not hasattr(driver, "rolling_back"):
+            driver.rolling_back = False  # not one of the fence's classes: it always waits
         entry.poller = poller_of(driver.pgconn)
         entry.idle_since = now = monotonic()
         entry.expires_at = now + jittered_lifetime_s(self.context.options.max_lifetime_s, jitter)

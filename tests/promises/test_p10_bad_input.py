@@ -58,7 +58,7 @@ def test_p10_keys(facade: Any, key: object) -> None:
 
 
 def test_p10_sessions(facade: Any) -> None:
-    with pytest.raises(errors.ShardKeyRequired, match="engine.connect"):
+    with pytest.raises(errors.ShardKeyRequired, match=r"engine\.connect"):
         facade.engine.connect()
     with pytest.raises(errors.InvalidArgument, match="consistency"):
         facade.engine.session("t", consistency="weak")
