@@ -286,10 +286,13 @@ def _route(state: ORMExecuteState) -> Any:
 
 
 @event.listens_for(ShardedSession, "after_transaction_end", propagate=True)
-def _savepoint_ended(session: Session, transaction: SessionTransaction) -> None:
+def _ended(session: Session, transaction: SessionTransaction) -> None:
+    sharded = cast("ShardedSession", session)
     if transaction.nested:
-        for leg in cast("ShardedSession", session)._now.legs.values():  # noqa: SLF001 - our own class
+        for leg in sharded._now.legs.values():  # noqa: SLF001 - our own class
             leg.savepoint_ended()
+    elif sharded.two_phase is not None and transaction.parent is None:
+        sharded.two_phase.resolve()  # closing a session, as its `with` block does after an error, tells no rollback
 
 
 @event.listens_for(ShardedSession, "before_commit", propagate=True)

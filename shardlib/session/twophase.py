@@ -87,18 +87,20 @@ class TwoPhase:
 
     def finish(self) -> None:
         """After the decision is durable: commit the prepared parts. What cannot be reached is left to `settle`."""
-        decider, prepared = self._decider, self._prepared
-        self._decider, self._prepared = None, []
+        decider = self._decider
         if decider is None:
             return
-        self._decider = decider
-        left = [leg for leg in prepared if not self._act(leg, "COMMIT")]
+        left: list[str] = []
+        while self._prepared:
+            leg = self._prepared[-1]
+            if not self._act(leg, "COMMIT"):
+                left.append(leg.shard.name)
+            self._prepared.pop()  # not before: if this is interrupted, `resolve` carries on
         self._decider = None
         if left:
-            names = ", ".join(leg.shard.name for leg in left)
             _log.warning(
                 "transaction %s is decided (commit) but not yet visible on %s: it is settled when they answer",
-                self._txid, names,
+                self._txid, ", ".join(left),
             )  # fmt: skip
             return
         forget = sql.SQL(
@@ -116,10 +118,11 @@ class TwoPhase:
         self._decider, self._prepared = None, []
 
     def resolve(self) -> None:
-        """The transaction ended otherwise than by an acknowledged COMMIT of the decider: let its record decide.
+        """The transaction ended and parts of it are still prepared: let the decider's record decide.
 
-        Its COMMIT may have been refused, never sent, or have had no answer; in each case the verdict written at the
-        decider is the truth, and `abort` is written there first if there is none.
+        Its COMMIT may have been refused, never sent, or have had no answer, or what follows it was interrupted; in
+        each case the verdict written at the decider is the truth, and `abort` is written there first if there is
+        none.
         """
         decider, prepared = self._decider, self._prepared
         if decider is None:
