@@ -62,8 +62,13 @@ class Hammer:
                     session.commit()
 
     @contextmanager
-    def clients(self, count: int, seconds: float, **settings: Any) -> Iterator[None]:
-        """`count` client processes for `seconds`; half of them asyncio. Waits for their end."""
+    def clients(
+        self, count: int, seconds: float, *, endpoints: Sequence[dict[str, str]] = ({},), **settings: Any
+    ) -> Iterator[None]:
+        """`count` client processes for `seconds`; half of them asyncio. Waits for their end.
+
+        `endpoints` is dealt out in pairs, so that each kind of way to the shards has clients of both facades.
+        """
         try:
             for number in range(count):
                 out = self.folder / f"client-{number}.jsonl"
@@ -76,6 +81,7 @@ class Hammer:
                     own=self.keys[number::count],
                     keys=self.keys,
                     facade=("sync", "asyncio")[number % 2],
+                    endpoints=endpoints[number // 2 % len(endpoints)],
                     **settings,
                 )
                 log = (self.folder / f"client-{number}.log").open("wb")
@@ -105,6 +111,11 @@ class Hammer:
     def running(self) -> bool:
         """Whether a client still works."""
         return any(process.poll() is None for process in self._processes)
+
+    @property
+    def working(self) -> bool:
+        """Whether every client has written down an operation."""
+        return all(path.exists() and path.stat().st_size for path in self._files)
 
     @contextmanager
     def one_frozen(self) -> Iterator[None]:

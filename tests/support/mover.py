@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
@@ -20,14 +21,26 @@ from shardlib.topology.change import give_gate, move_ranges, renew_gates
 TABLES = {"bag": ("key", "uid"), "counter": ("key", "v"), "register": ("key", "v")}
 
 
+@dataclass(frozen=True)
+class _Move:
+    """A move whose gate is closed: it has to be finished before anything else."""
+
+    source: str
+    target: str
+    keys: list[str]
+    ranges: tuple[TokenRange, ...]
+
+
 class Mover:
     """Changes where keys live. One at a time; the caller owns the catalog.
 
-    `counts` tells what was done: gates closed, ranges moved, closings that gave way.
+    `counts` tells what was done: gates closed, ranges moved, closings that gave way. A step that failed since a
+    server was down is taken up again by the next one.
     """
 
     def __init__(self, catalog: Catalog, keys: Sequence[str], rng: random.Random, budget_s: float = 5.0) -> None:
         self.catalog, self.keys, self.rng, self.budget_s = catalog, keys, rng, budget_s
+        self._unfinished: _Move | None = None
         self.topology: Topology = catalog.load()
         self.counts = {"closed": 0, "moved": 0, "gave way": 0}
         self._connections: dict[str, psycopg.Connection[Any]] = {}
@@ -45,6 +58,7 @@ class Mover:
 
     def step(self) -> None:
         """One change at random; retried by the caller when a server it needs is down."""
+        self.finish()
         self.topology = self.catalog.load(self.topology)
         self.sweep()
         shard_id = self.rng.choice([shard.id for shard in self.topology.owners()])
@@ -99,9 +113,17 @@ class Mover:
         own = next(gate.number for gate in self.topology.gates if gate.shard_id == source and gate.ranges)
         if not self.shut(source, own):
             return  # its gate is open and named: everything goes on as before
-        self._copy(source, target, keys)
-        after = move_ranges(self.topology, ranges, target, nonce=uuid4().hex)
-        self.publish(after)
+        self._unfinished = _Move(source, target, keys, ranges)
+        self.finish()
+
+    def finish(self) -> None:
+        """Carry a move to its end whose gate is closed; after an error it is still to be finished."""
+        move = self._unfinished
+        if move is None:
+            return
+        self._copy(move.source, move.target, move.keys)
+        self.publish(move_ranges(self.topology, move.ranges, move.target, nonce=uuid4().hex))
+        self._unfinished = None
         self.counts["moved"] += 1
 
     def publish(self, after: Topology) -> None:

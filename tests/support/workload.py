@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
@@ -22,6 +22,7 @@ from sqlalchemy import BigInteger, Column, MetaData, String, Table, insert, sele
 from sqlalchemy.exc import DBAPIError
 
 from shardlib import AsyncShardedEngine, ShardedEngine
+from shardlib.dsn import Dsn
 from shardlib.errors import CommitOutcomeUnknown, RetryableError
 from tests.support.history import Read, Write
 
@@ -49,6 +50,8 @@ class Settings:
     facade: str = "sync"
     threads: int = 2
     pgbouncer: bool = False
+    endpoints: dict[str, str] = field(default_factory=dict)
+    """Shard id -> DSN to use instead of the primary's own: a proxy or a pooler in front of it."""
     isolation: str | None = None
     plant: str | None = None
     """A fault to put in on purpose, to show that the checks see it: `no gate`."""
@@ -256,9 +259,21 @@ def plant(name: str | None) -> None:
         raise ValueError(name)
 
 
+def go_through(endpoints: dict[str, str]) -> None:
+    """Reach the shards by other addresses than those that the topology names."""
+    direct = ShardedEngine._endpoint_of
+
+    def endpoint_of(engine: ShardedEngine, shard_id: str, role: str) -> Dsn:
+        other = endpoints.get(shard_id)
+        return Dsn(other) if other is not None else direct(engine, shard_id, role)
+
+    ShardedEngine._endpoint_of = endpoint_of  # type: ignore[method-assign]
+
+
 def main() -> None:
     settings = Settings(**json.loads(sys.argv[1]))
     plant(settings.plant)
+    go_through(settings.endpoints)
     with Path(settings.out).open("w", encoding="utf-8") as out:
         if settings.facade == "sync":
             run_sync(settings, Recorder(out))
