@@ -121,8 +121,15 @@ class _Fenced(_Base):
         yield from super()._check_intrans_gen(attribute)
 
     def begin(self) -> PQGen[None]:
-        """Start the transaction now, with the gates of `arm`."""
-        return self._start_query()
+        """Start the transaction now, with the gates of `arm`.
+
+        One that is open already was begun by a call that was interrupted: it holds other gates, and ends first.
+        """
+        if self.rolling_back:
+            yield from self._rolled_back()
+        if self.pgconn.transaction_status in _IN_TRANSACTION:
+            yield from self._exec_command(b"ROLLBACK")
+        yield from self._start_query()
 
     def _start_query(self) -> PQGen[None]:
         if not self.sealed:

@@ -84,6 +84,8 @@ class ShardedSession(Session):
         unit = self._unit
         if unit is not None and unit.transaction is not None and unit.transaction is self.get_transaction():
             return unit
+        if unit is not None and unit.opening:
+            return unit  # of another thread or task, which `hold` tells
         unit = self._unit = Unit(self._core)
         return unit
 

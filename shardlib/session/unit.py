@@ -37,7 +37,7 @@ class Leg:
 class Unit:
     """State of one root transaction of a session. It routes by the topology it began with, to its end."""
 
-    __slots__ = ("core", "legs", "topology", "transaction", "writes")
+    __slots__ = ("core", "legs", "opening", "topology", "transaction", "writes")
 
     def __init__(self, core: Core) -> None:
         self.core = core
@@ -45,6 +45,8 @@ class Unit:
         self.legs: dict[str, Leg] = {}
         self.writes: set[str] = set()
         self.transaction: SessionTransaction | None = None
+        self.opening = False
+        """Whether a thread or task is opening connections for it at this moment."""
 
     def hold(
         self,
@@ -76,7 +78,7 @@ class Unit:
                 if leg is not None and leg.gates.issuperset(gates):
                     return [leg]
             try:
-                return self._take(needed, adopt, options)
+                return self._take_alone(needed, adopt, options)
             except _Refused as refused:
                 if self.legs:
                     raise StaleTopology(refused.shard, refused.closed.gates[0], self.topology.version) from None
@@ -84,6 +86,20 @@ class Unit:
                     deadline = time.monotonic() + self.core.reroute_timeout_s
                 self.topology = self.core.newer(self.topology, refused.closed, refused.shard, deadline, attempt)
                 attempt += 1
+
+    def _take_alone(
+        self, needed: Needed, adopt: Callable[[ShardConnection], None], options: Mapping[str, Any] | None
+    ) -> list[Leg]:
+        """`_take`, unless another thread or task is in it: both would open what only one may use."""
+        if self.opening:
+            raise UnsupportedOperation(
+                "two threads or tasks use one session at the same time", "give each a session of its own"
+            )
+        self.opening = True
+        try:
+            return self._take(needed, adopt, options)
+        finally:
+            self.opening = False
 
     def _take(
         self, needed: Needed, adopt: Callable[[ShardConnection], None], options: Mapping[str, Any] | None
@@ -95,7 +111,11 @@ class Unit:
                 conn = self.core.connect(shard, gates, options)
             except GateClosed as closed:
                 raise _Refused(shard.name, closed) from None
-            adopt(conn)
+            try:
+                adopt(conn)
+            except BaseException:
+                conn.close()
+                raise
             self.legs[shard_id] = first = Leg(shard, conn, gates)
             return [first]
         fresh: list[tuple[Shard, tuple[int, ...]]] = []
