@@ -100,12 +100,15 @@ class AsyncShardedEngine:
         attempt = 0
         while True:
             attempt += 1
+            session = self.session(shard_key, **options)
             try:
-                async with self.session(shard_key, **options) as session:
+                async with session:
                     answer = await work(session)
                     await session.commit()
                     return answer
             except Exception as error:
+                if session.sync_session.commits:
+                    raise  # a part of the work is there already
                 policy = self.sync_engine.options.retry
                 wait_s = next_wait(error, attempt, policy, random.uniform(0.5, 1.0))  # noqa: S311
                 if wait_s is None:

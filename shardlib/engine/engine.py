@@ -245,7 +245,7 @@ class ShardedEngine:
 
         `work` gets a fresh session at each attempt and must keep its effects inside it. It runs again after errors
         that certainly left nothing behind: a closed gate, an unreachable shard, a lost connection before COMMIT,
-        a serialization failure, a deadlock. Never after `CommitOutcomeUnknown`.
+        a serialization failure, a deadlock. Never after `CommitOutcomeUnknown`, nor once `work` has committed itself.
 
         Args:
             work: called with the session; what it returns is returned after the commit.
@@ -255,12 +255,15 @@ class ShardedEngine:
         attempt = 0
         while True:
             attempt += 1
+            session = self.session(shard_key, **options)
             try:
-                with self.session(shard_key, **options) as session:
+                with session:
                     answer = work(session)
                     session.commit()
                     return answer
             except Exception as error:
+                if session.commits:
+                    raise  # a part of the work is there already
                 wait_s = next_wait(error, attempt, self.options.retry, random.uniform(0.5, 1.0))  # noqa: S311
                 if wait_s is None:
                     raise
@@ -379,7 +382,6 @@ class ShardedEngine:
 
     def _after_fork(self) -> None:
         self._schema_lock = threading.Lock()
-        self._catalog.after_fork()
         self._cache.after_fork()
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, Executable, TextClause, event
+from sqlalchemy.schema import DDLElement
 
-from shardlib.errors import ShardUnavailable
-from shardlib.fence.connection import start
+from shardlib.errors import ShardKeyMismatch, ShardUnavailable, StaleTopology
+from shardlib.fence.connection import lock_gates, start
 from shardlib.fence.verdict import GateClosed, lost_connection
-from shardlib.session.core import Core
+from shardlib.route.needs import Scope
+from shardlib.session.core import Core, as_sqlalchemy
+from shardlib.session.statements import keyless_write, pinned_needs
 from shardlib.shard import ShardConnection
+from shardlib.topology import Topology
 
 __all__ = ["PinnedEngine", "connect_pinned"]
 
@@ -26,12 +31,57 @@ def connect_pinned(core: Core, key: bytes) -> ShardConnection:
     shard = core.cache.current.place(core.token(key)).shard
     conn = core.pools.engine(shard.id).connect()
     conn.shard, conn.pinned = shard, True
-    event.listen(conn, "begin", lambda begun: _begin(core, key, begun))
+    pin = _Pin(core, key)
+    event.listen(conn, "begin", pin.begin)
+    event.listen(conn, "before_execute", pin.check)
     return conn
 
 
-def _begin(core: Core, key: bytes, conn: Connection) -> None:
-    """Take the key's gate where the key is now; another shard, if need be.
+class _Pin:
+    """Keeps a connection to its key: where each transaction begins, and what it may touch."""
+
+    __slots__ = ("_core", "_key", "_topology")
+
+    def __init__(self, core: Core, key: bytes) -> None:
+        self._core, self._key = core, key
+        self._topology = core.cache.current
+
+    def begin(self, conn: Connection) -> None:
+        """See `_begin`."""
+        self._topology = _begin(self._core, self._key, conn)
+
+    def check(self, conn: Connection, statement: Any, sets: Any, one: Any, options: Any) -> None:
+        """Before a statement of SQLAlchemy's Core: is it of this key, and does it hold the gates it needs?
+
+        Raises:
+            ShardKeyMismatch: it names another key.
+            ShardKeyRequired: it would write rows of other keys that share the shard.
+            StaleTopology: it reads the whole shard, a part of which has left.
+        """
+        if not isinstance(statement, Executable) or isinstance(statement, TextClause | DDLElement):
+            return
+        needs = pinned_needs(statement, sets or one or None, self._core.described)
+        for key in needs.keys:
+            if key != self._key:
+                raise ShardKeyMismatch(self._key.decode(errors="replace"), key.decode(errors="replace"), "a statement")
+        if needs.scope is not Scope.SCAN:
+            return
+        if needs.writes and not options.get("all_shards"):
+            raise keyless_write(needs, "of every key that shares the shard")
+        assert isinstance(conn, ShardConnection)  # noqa: S101 - for the type checker
+        if conn.shard is None:
+            return
+        gates = self._topology.gates_of(conn.shard.id)
+        try:
+            if len(gates) > 1:  # taken anew each time: a savepoint that was rolled back has let go of them
+                with as_sqlalchemy(conn):
+                    lock_gates(conn.driver, gates)
+        except GateClosed as closed:
+            raise StaleTopology(conn.shard.name, closed.gates[0], self._topology.version) from None
+
+
+def _begin(core: Core, key: bytes, conn: Connection) -> Topology:
+    """Take the key's gate where the key is now; another shard, if need be. The topology that led there.
 
     Raises:
         StaleTopology: no topology with an open gate came in time.
@@ -44,7 +94,7 @@ def _begin(core: Core, key: bytes, conn: Connection) -> None:
     while True:
         place = topology.place(core.token(key))
         if conn.shard is None or conn.shard.id != place.shard.id:
-            conn.move_to(core.pools.engine(place.shard.id))
+            _move(conn, core.pools.engine(place.shard.id))
         conn.shard = place.shard
         try:
             start(conn.driver, (place.gate,))
@@ -57,9 +107,19 @@ def _begin(core: Core, key: bytes, conn: Connection) -> None:
             dead += 1
             if dead > _DEAD_MAX:
                 raise ShardUnavailable(place.shard.name, "its connections are lost as they begin") from error
-            conn.move_to(core.pools.engine(place.shard.id))
+            _move(conn, core.pools.engine(place.shard.id))
         else:
-            return
+            return topology
+
+
+def _move(conn: ShardConnection, engine: Engine) -> None:
+    """Go on with another driver's connection, at the isolation level (and so on) that was asked for."""
+    conn.move_to(engine)
+    dialect: Any = conn.dialect
+    known = dialect.connection_characteristics
+    chosen = {name: value for name, value in conn.get_execution_options().items() if name in known}
+    if chosen:
+        dialect.set_connection_execution_options(conn, chosen)
 
 
 class PinnedEngine(Engine):

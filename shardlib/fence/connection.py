@@ -20,6 +20,7 @@ from psycopg.abc import PQGen
 from sqlalchemy.util import await_only
 
 from shardlib.errors import InvalidTopology, UnsupportedOperation
+from shardlib.fence.control import ending_statement
 from shardlib.fence.verdict import GateClosed, commit_outcome_unknown, is_closed_gate
 
 __all__ = ["AsyncFencedConnection", "FencedConnection", "UnknownCommit", "drive", "lock_gates", "start"]
@@ -157,25 +158,51 @@ class _Fenced(_Base):
         gates, self._gates = self._gates, ()
         self._check_connection_ok()
         self.pgconn.send_query(self._get_tx_start_command() + b"; " + lock_sql(gates))
-        yield from self._gates_answer(gates)
+        yield from self._gates_answer(gates, began=True)
 
     def lock_more(self, gates: tuple[int, ...]) -> PQGen[None]:
         """Take more gates inside the running transaction."""
         yield from self._ready()
         self.pgconn.send_query(lock_sql(gates))
-        yield from self._gates_answer(gates)
+        # A refusal leaves the transaction failed: rolled back here, a later COMMIT would keep nothing and say nothing.
+        yield from self._gates_answer(gates, began=False)
 
-    def message(self, command: bytes) -> PQGen[None]:
+    def message(self, command: bytes) -> PQGen[bytes]:
         """Send one simple-query message, of any number of statements, whose rows do not matter.
+
+        Returns:
+            The command tag of the last one.
 
         Raises:
             psycopg.Error: the first error that the server answers.
         """
         yield from self._ready()
         self.pgconn.send_query(command)
+        tag = b""
         for result in (yield from generators.execute(self.pgconn)):
             if result.status == _FATAL:
                 raise self._error(result)
+            tag = result.command_status or b""
+        return tag
+
+    def prepare_transaction(self, command: bytes) -> PQGen[None]:
+        """Send a PREPARE TRANSACTION, and believe it only if the server says that it did so.
+
+        Raises:
+            psycopg.errors.InFailedSqlTransaction: the transaction had failed or ended. PostgreSQL answers ROLLBACK
+                then, and no error: nothing would be kept, and the other shards committed.
+            psycopg.OperationalError: a synchronous replica may not have it.
+            psycopg.Error: any other error that the server answers.
+        """
+        self._unreplicated = False
+        tag = yield from self.message(command)
+        if tag != b"PREPARE TRANSACTION":
+            raise pg.InFailedSqlTransaction(
+                f"the transaction on shard {self.shard_name!r} has failed or ended and cannot be prepared; "
+                "roll it back and run it again"
+            )
+        if self._unreplicated:
+            raise psycopg.OperationalError("the wait for a synchronous replica was cancelled while preparing")
 
     def _ready(self) -> PQGen[None]:
         if self.rolling_back:
@@ -197,13 +224,13 @@ class _Fenced(_Base):
             return None
         return tuple((answer.get_value(0, column) or b"").decode() for column in range(answer.nfields))
 
-    def _gates_answer(self, gates: tuple[int, ...]) -> PQGen[None]:
+    def _gates_answer(self, gates: tuple[int, ...], *, began: bool) -> PQGen[None]:
         results = yield from generators.execute(self.pgconn)
         last = results[-1]
         if last.status != _FATAL:
             return
         error = self._error(last)
-        if self.pgconn.transaction_status == _INERROR:
+        if began and self.pgconn.transaction_status == _INERROR:
             yield from self._exec_command(b"ROLLBACK")
         if is_closed_gate(error):
             raise GateClosed(gates)
@@ -228,6 +255,7 @@ class _Fenced(_Base):
         status = self.pgconn.transaction_status
         if status == _IDLE:
             return
+        self._check_connection_ok()  # lost before COMMIT was sent: certainly not committed
         if status == _INERROR:
             # PostgreSQL would answer COMMIT with ROLLBACK and no error: nothing would be kept, and nobody told.
             raise pg.InFailedSqlTransaction(
@@ -248,13 +276,45 @@ class _Fenced(_Base):
             self._unreplicated = True
 
 
+class _Guarded:
+    """What the two cursor classes share: the session alone ends a transaction."""
+
+    def _start_query(self, query: Any = None) -> PQGen[None]:
+        inner: Any = super()
+        connection: Any = self._conn  # type: ignore[attr-defined]
+        if connection.sealed and query is not None:
+            word = ending_statement(_text_of(query, connection))
+            if word is not None:
+                raise UnsupportedOperation(
+                    f"{word} as the text of a statement would leave what follows without a gate",
+                    "use the session's (or the connection's) commit() and rollback()",
+                )
+        yield from inner._start_query(query)  # noqa: SLF001 - what it overrides
+
+
+def _text_of(query: Any, connection: Any) -> str:
+    if isinstance(query, str):
+        return query
+    if isinstance(query, bytes):
+        return query.decode(connection.info.encoding, "replace")
+    return str(query.as_string(connection)) if hasattr(query, "as_string") else str(query)
+
+
+class _Cursor(_Guarded, psycopg.Cursor[Any]):
+    pass
+
+
+class _AsyncCursor(_Guarded, psycopg.AsyncCursor[Any]):
+    pass
+
+
 class FencedConnection(_Fenced, psycopg.Connection[Any]):
     """A blocking psycopg connection behind the fence."""
 
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
+        self.cursor_factory = _Cursor
         self.add_notice_handler(self._see_notice)
-
 
     def rollback(self) -> None:
         """Roll back; see `roll_back_unheard`."""
@@ -269,6 +329,7 @@ class AsyncFencedConnection(_Fenced, psycopg.AsyncConnection[Any]):  # type: ign
 
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
+        self.cursor_factory: Any = _AsyncCursor
         self.add_notice_handler(self._see_notice)
 
     async def rollback(self) -> None:  # type: ignore[override]
@@ -327,6 +388,6 @@ def lock_gates(driver: FencedConnection | AsyncFencedConnection, gates: tuple[in
     """Take more gates inside the running transaction, in one round trip.
 
     Raises:
-        GateClosed: one of them is gone; the transaction has been rolled back.
+        GateClosed: one of them is gone; the transaction has failed and can only be rolled back.
     """
     drive(driver, driver.lock_more(gates))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,7 +23,7 @@ from shardlib.token import hash_of
 from shardlib.topology import Shard, Status, Topology
 from shardlib.waits import Waits
 
-__all__ = ["Core", "Needed"]
+__all__ = ["Core", "Needed", "as_sqlalchemy"]
 
 Needed = dict[str, tuple[int, ...]]
 """Shard id -> numbers of the gates a transaction must hold there."""
@@ -171,6 +172,10 @@ class Core:
 _DEAD_MAX = 64
 
 
-def operational(error: BaseException) -> bool:
-    """Whether the error is one of the driver."""
-    return isinstance(error, psycopg.Error)
+@contextmanager
+def as_sqlalchemy(conn: ShardConnection) -> Iterator[None]:
+    """Errors of what is sent by the driver alone become SQLAlchemy's, which also gives up a lost connection."""
+    try:
+        yield
+    except psycopg.Error as error:
+        conn._handle_dbapi_exception(error, None, None, None, None)  # noqa: SLF001 - there is no public way

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -13,6 +14,7 @@ from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction
 from shardlib.errors import InvalidArgument, ShardKeyMismatch, ShardKeyRequired
 from shardlib.key import encode_key
 from shardlib.route.consistency import Consistency
+from shardlib.route.extract import needs_of
 from shardlib.session.core import Core, Needed
 from shardlib.session.instances import InstanceKeys
 from shardlib.session.statements import route_statement
@@ -72,9 +74,11 @@ class ShardedSession(Session):
         self.shard_key = None if shard_key is _UNPINNED else shard_key
         self._pin: bytes | None = None if shard_key is _UNPINNED else encode_key(shard_key)
         self._unit: Unit | None = None
-        self._bulk: Leg | None = None
+        self._bulk: tuple[Leg, bool] | None = None
         self._options: dict[str, Any] = {}
         self.two_phase: TwoPhase | None = TwoPhase(self._core) if twophase else None
+        self.commits = 0
+        """How many transactions of this session are committed."""
 
     # -- the transaction ------------------------------------------------------------------------------------------
 
@@ -86,7 +90,7 @@ class ShardedSession(Session):
             return unit
         if unit is not None and unit.opening:
             return unit  # of another thread or task, which `hold` tells
-        unit = self._unit = Unit(self._core)
+        unit = self._unit = Unit(self._core, self.two_phase.prepare if self.two_phase is not None else None)
         return unit
 
     def _adopt(self, conn: ShardConnection) -> None:
@@ -113,7 +117,8 @@ class ShardedSession(Session):
 
     def _any_shard(self, topology: Topology) -> Needed:
         """Reference tables are the same everywhere: a shard this transaction is on already, or any."""
-        for shard_id, leg in self._now.legs.items():
+        unit = self._unit  # of the `_hold` that asks
+        for shard_id, leg in unit.legs.items() if unit is not None else ():
             return {shard_id: (min(leg.gates),)}
         owners = topology.owners()
         shard = owners[next(_turn) % len(owners)]
@@ -135,11 +140,14 @@ class ShardedSession(Session):
         """
         if bind is not None:
             return bind
-        if self._bulk is not None:
-            return self._bulk.connection.engine
+        bulk = self._bulk_leg
+        if bulk is not None:
+            return bulk.connection.engine
         if self._pin is not None:
             return self._hold_key(self._pin).connection.engine
-        leg = self._only_leg(mapper)
+        if self._flushing and mapper is not None and self._transaction is not None:
+            return self._row_by_row(self._transaction)
+        leg = self._only_leg()
         if leg is None:
             raise ShardKeyRequired(
                 f"nothing tells which shard {_shown(mapper, clause)} is meant for",
@@ -147,26 +155,39 @@ class ShardedSession(Session):
             )
         return leg.connection.engine
 
-    def _only_leg(self, mapper: Any) -> Leg | None:
-        """The one shard a flush works on: it also gets rows that have no object, as of a many-to-many table."""
+    def _only_leg(self) -> Leg | None:
+        """The one shard that is written to."""
         unit = self._now
-        if len(unit.writes) == 1:
-            return unit.legs[next(iter(unit.writes))]
-        if unit.writes or mapper is None:
-            return None
-        keys = {
-            key
-            for instances in (self.dirty, self.new, self.deleted)
-            for instance in instances
-            if (key := self._instance_keys.key_of(instance)) is not None
-        }
-        if not keys:
-            return None
-        legs = self._hold(lambda topology: self._core.places(topology, tuple(keys)))
-        if len(legs) != 1:
-            return None
-        unit.will_write(legs, twophase=self.two_phase is not None)
-        return legs[0]
+        return unit.legs[next(iter(unit.writes))] if len(unit.writes) == 1 else None
+
+    def _row_by_row(self, flush: SessionTransaction) -> RowByRow:
+        """Where a flush sends rows that have no object, those of a many-to-many table.
+
+        SQLAlchemy looks a connection up in the flush's own transaction first, which lasts as long as the flush, and
+        neither commits nor closes what is noted there like this.
+        """
+        rows = RowByRow(self._write_rows)
+        noted: dict[Any, Any] = cast("Any", flush._connections)  # noqa: SLF001
+        noted[rows] = (rows, None, False, False)
+        return rows
+
+    def _write_rows(self, statement: Any, parameters: Any) -> int:
+        """Execute a write of Core, each of its rows on the shard of its key; the number of rows it met."""
+        sets = [parameters] if isinstance(parameters, Mapping) else list(parameters or ())
+        needs = [needs_of(statement, one, self._core.described) for one in sets]
+        if any(len(need.keys) != 1 for need in needs):
+            raise ShardKeyRequired(
+                f"a row of {statement.table.fullname} names no shard key", "hold the shard key in the association"
+            )
+        count = 0
+        for leg, positions in self._rows_by_leg([need.keys[0] for need in needs]):
+            count += self._enlist(leg).execute(statement, [sets[i] for i in positions]).rowcount
+        return count
+
+    def _execute_internal(self, statement: Any, params: Any = None, *, _add_event: Any = None, **kw: Any) -> Any:
+        # Routing is the last listener of `do_orm_execute`: those of the application may change the statement.
+        route = _route if _add_event is None else partial(_route, then=_add_event)
+        return super()._execute_internal(statement, params, _add_event=route, **kw)
 
     def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None) -> Connection:
         """The connection of the pinned shard, its transaction begun.
@@ -190,7 +211,7 @@ class ShardedSession(Session):
     @property
     def connection_callable(self) -> Any:
         """SQLAlchemy's hook of a flush: the connection for each object. Off while rows are written in bulk."""
-        return None if self._bulk is not None else self._connection_for_object
+        return None if self._bulk_leg is not None else self._connection_for_object
 
     @connection_callable.setter
     def connection_callable(self, value: object) -> None:
@@ -204,10 +225,20 @@ class ShardedSession(Session):
 
     # -- bulk operations ------------------------------------------------------------------------------------------
 
+    @property
+    def _bulk_leg(self) -> Leg | None:
+        """Where rows without objects are written. An autoflush in the midst of it sends objects to their own shards."""
+        if self._bulk is None or self._flushing is not self._bulk[1]:
+            return None
+        return self._bulk[0]
+
     @contextmanager
-    def _in_bulk(self, leg: Leg) -> Iterator[None]:
-        """While rows without objects are written: they all go to this leg."""
-        before, self._bulk = self._bulk, leg
+    def _in_bulk(self, leg: Leg, *, flushing: bool) -> Iterator[None]:
+        """While rows without objects are written: they all go to this leg.
+
+        `flushing` tells whether SQLAlchemy takes the operation itself for a flush.
+        """
+        before, self._bulk = self._bulk, (leg, flushing)
         try:
             yield
         finally:
@@ -239,7 +270,7 @@ class ShardedSession(Session):
         rows = list(objects)
         keys = [self._instance_keys.writable_key_of(row) for row in rows]
         for leg, positions in self._rows_by_leg(keys):
-            with self._in_bulk(leg):
+            with self._in_bulk(leg, flushing=True):
                 super().bulk_save_objects(
                     [rows[i] for i in positions], return_defaults, update_changed_only, preserve_order
                 )
@@ -252,7 +283,7 @@ class ShardedSession(Session):
         rows = list(mappings)
         keys = [self._instance_keys.mapping_key(inspect(mapper), row) for row in rows]
         for leg, positions in self._rows_by_leg(keys):
-            with self._in_bulk(leg):
+            with self._in_bulk(leg, flushing=True):
                 super().bulk_insert_mappings(mapper, [rows[i] for i in positions], return_defaults, render_nulls)
 
     def bulk_update_mappings(self, mapper: Any, mappings: Iterable[dict[str, Any]]) -> None:
@@ -260,8 +291,34 @@ class ShardedSession(Session):
         rows = list(mappings)
         keys = [self._instance_keys.mapping_key(inspect(mapper), row) for row in rows]
         for leg, positions in self._rows_by_leg(keys):
-            with self._in_bulk(leg):
+            with self._in_bulk(leg, flushing=True):
                 super().bulk_update_mappings(mapper, [rows[i] for i in positions])
+
+
+class RowByRow:
+    """Stands where SQLAlchemy expects an engine and its connection, and sends each row to the shard of its key."""
+
+    __slots__ = ("_write",)
+
+    def __init__(self, write: Callable[[Any, Any], int]) -> None:
+        self._write = write
+
+    def execute(self, statement: Any, parameters: Any = None) -> _Met:
+        """As `Connection.execute` of a write; the answer tells no more than the number of rows."""
+        return _Met(self._write(statement, parameters))
+
+
+class _Met:
+    """What SQLAlchemy asks of the answer to a write."""
+
+    __slots__ = ("rowcount",)
+
+    def __init__(self, rowcount: int) -> None:
+        self.rowcount = rowcount
+
+    def supports_sane_multi_rowcount(self) -> bool:
+        """PostgreSQL's drivers count one statement at a time, and psycopg adds them up."""
+        return self.rowcount >= 0
 
 
 class _Begun:
@@ -282,9 +339,9 @@ def _shown(mapper: Any, clause: Any) -> str:
     return "a statement" if clause is not None else "the connection"
 
 
-@event.listens_for(ShardedSession, "do_orm_execute", propagate=True)
-def _route(state: ORMExecuteState) -> Any:
-    return route_statement(cast("ShardedSession", state.session), state)
+def _route(state: ORMExecuteState, then: Callable[[ORMExecuteState], Any] | None = None) -> Any:
+    result = route_statement(cast("ShardedSession", state.session), state)
+    return then(state) if result is None and then is not None else result
 
 
 @event.listens_for(ShardedSession, "after_transaction_end", propagate=True)
@@ -297,18 +354,13 @@ def _ended(session: Session, transaction: SessionTransaction) -> None:
         sharded.two_phase.resolve()  # closing a session, as its `with` block does after an error, tells no rollback
 
 
-@event.listens_for(ShardedSession, "before_commit", propagate=True)
-def _prepare(session: Session) -> None:
-    sharded = cast("ShardedSession", session)
-    if sharded.two_phase is not None and not session.in_nested_transaction():
-        session.flush()  # SQLAlchemy flushes after this event; what is prepared must hold everything
-        sharded.two_phase.prepare(sharded._now)  # noqa: SLF001
-
-
 @event.listens_for(ShardedSession, "after_commit", propagate=True)
 def _finish(session: Session) -> None:
     sharded = cast("ShardedSession", session)
-    if sharded.two_phase is not None and not session.in_nested_transaction():
+    if session.in_nested_transaction():
+        return
+    sharded.commits += 1
+    if sharded.two_phase is not None:
         sharded.two_phase.finish()
 
 

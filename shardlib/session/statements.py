@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Result
 from sqlalchemy.orm import ORMExecuteState
+from sqlalchemy.sql.dml import UpdateBase
+from sqlalchemy.sql.visitors import iterate
 
-from shardlib.errors import InvalidTopology, ShardKeyRequired, UnsupportedCrossShardQuery
+from shardlib.errors import InvalidTopology, ShardKeyRequired, UnsupportedCrossShardQuery, UnsupportedOperation
 from shardlib.route.consistency import Consistency
 from shardlib.route.extract import needs_of
-from shardlib.route.needs import Needs, Scope
+from shardlib.route.needs import Describe, Needs, Scope
 from shardlib.session.core import Needed
 from shardlib.session.fanout import FanOut
 from shardlib.session.unit import Leg
@@ -21,7 +23,7 @@ from shardlib.topology import Topology
 if TYPE_CHECKING:
     from shardlib.session.session import ShardedSession
 
-__all__ = ["route_statement"]
+__all__ = ["keyless_write", "pinned_needs", "route_statement"]
 
 
 def route_statement(session: ShardedSession, state: ORMExecuteState) -> Result[Any] | None:
@@ -38,10 +40,11 @@ def route_statement(session: ShardedSession, state: ORMExecuteState) -> Result[A
     options = state.execution_options
     if (word := options.get("consistency")) is not None:
         Consistency.of(word)
-    needs = needs_of(state.statement, state.parameters, session._core.described)  # noqa: SLF001
     if session._pin is not None:  # noqa: SLF001
-        legs = _pinned(session, needs)
+        needs = pinned_needs(state.statement, state.parameters, session._core.described)  # noqa: SLF001
+        legs = _pinned(session, needs, bool(options.get("all_shards")))
     else:
+        needs = needs_of(state.statement, state.parameters, session._core.described)  # noqa: SLF001
         legs = _unpinned(session, needs, bool(options.get("all_shards")), _order_is_per_parent(state))
     if needs.per_key_rows is not None:
         return _rows_by_shard(session, state, needs.per_key_rows)
@@ -50,6 +53,8 @@ def route_statement(session: ShardedSession, state: ORMExecuteState) -> Result[A
         return None
     if needs.writes:
         return _on_each(state, legs, _synchronized(state, len(legs)))
+    for leg in legs:
+        session._enlist(leg)  # noqa: SLF001 - sent on all of them at once, so each needs its savepoint before
     with FanOut(session._core.waits, [leg.connection for leg in legs]) as fan_out:  # noqa: SLF001
         return _on_each(state, legs, [{FAN_OUT: fan_out}] * len(legs))
 
@@ -85,12 +90,14 @@ def _order_is_per_parent(state: ORMExecuteState) -> bool:
     return state.is_relationship_load
 
 
-def _pinned(session: ShardedSession, needs: Needs) -> list[Leg]:
-    """In a pinned session everything runs on the key's shard; a statement without a key reads that whole shard."""
+def _pinned(session: ShardedSession, needs: Needs, all_shards: bool) -> list[Leg]:
+    """In a pinned session everything runs on the key's shard; a SELECT without a key reads that whole shard."""
     pin, core = session._pin, session._core  # noqa: SLF001
     assert pin is not None  # noqa: S101 - for the type checker
     if needs.scope is Scope.KEYED:
         session._check_pin(needs.keys, "a statement")  # noqa: SLF001
+    if needs.scope is Scope.SCAN and needs.writes and not all_shards:
+        raise keyless_write(needs, "of every key that shares the shard")
 
     def wants(topology: Topology) -> Needed:
         needed = core.places(topology, (pin,))
@@ -113,10 +120,7 @@ def _unpinned(session: ShardedSession, needs: Needs, all_shards: bool, order_is_
         return session._hold(session._any_shard)  # noqa: SLF001
     else:
         if needs.writes and not all_shards:
-            raise ShardKeyRequired(
-                f"the statement would change rows of {', '.join(t.fullname for t in needs.tables)} on every shard",
-                "name the shard key in its criteria, or mean it: execution_options(all_shards=True)",
-            )
+            raise keyless_write(needs, "on every shard")
         legs = session._hold(_every_shard, write=needs.writes)  # noqa: SLF001
     if (
         len(legs) > 1
@@ -130,6 +134,28 @@ def _unpinned(session: ShardedSession, needs: Needs, all_shards: bool, order_is_
             "together",
         )
     return legs
+
+
+def pinned_needs(statement: Any, parameters: Any, describe: Describe) -> Needs:
+    """What a statement needs on one shard that is chosen already: a SELECT that cannot be routed reads all of it.
+
+    Raises:
+        ShardlibError: as `needs_of`, for a write.
+    """
+    try:
+        return needs_of(statement, parameters, describe)
+    except (UnsupportedCrossShardQuery, UnsupportedOperation):
+        if any(isinstance(part, UpdateBase) for part in iterate(statement)):
+            raise
+        return Needs(Scope.SCAN)
+
+
+def keyless_write(needs: Needs, where: str) -> ShardKeyRequired:
+    """The refusal of an UPDATE or DELETE whose criteria name no shard key."""
+    return ShardKeyRequired(
+        f"the statement would change rows of {', '.join(t.fullname for t in needs.tables)} {where}",
+        "name the shard key in its criteria, or mean it: execution_options(all_shards=True)",
+    )
 
 
 def _every_shard(topology: Topology) -> Needed:
@@ -151,7 +177,7 @@ def _rows_by_shard(
         if len(groups) > 1:
             # Parameters given to invoke_statement are laid over these, set by set: so these must be the ones.
             statement, state.parameters = _only(statement, whole, positions)
-        with session._in_bulk(leg):  # noqa: SLF001
+        with session._in_bulk(leg, flushing=False):  # noqa: SLF001
             results.append(state.invoke_statement(statement, bind_arguments={"bind": leg.connection.engine}))
     state.parameters = whole
     return results[0] if len(results) == 1 else _merged(results)

@@ -20,10 +20,11 @@ from uuid import uuid4
 import psycopg
 from psycopg import errors as pg
 from psycopg import sql
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from shardlib.errors import UnsupportedOperation
 from shardlib.fence.connection import AsyncFencedConnection, FencedConnection, drive
-from shardlib.session.core import Core
+from shardlib.session.core import Core, as_sqlalchemy
 from shardlib.session.unit import Leg, Unit
 from shardlib.topology import Shard, Topology
 
@@ -57,7 +58,7 @@ class TwoPhase:
 
         Raises:
             UnsupportedOperation: a server has `max_prepared_transactions = 0`.
-            psycopg.Error: a shard refused; what was prepared has been rolled back.
+            sqlalchemy.exc.DBAPIError: a shard refused; what was prepared has been rolled back.
         """
         if len(unit.writes) < 2:
             return
@@ -66,12 +67,15 @@ class TwoPhase:
         try:
             self._core.waits.run_all([partial(self._prepare, leg) for leg in others])
             decision = sql.SQL("INSERT INTO shardlib.decision (txid, verdict) VALUES ({}, 'commit')")
-            _command(decider.connection.driver, decision.format(self._txid))
-        except pg.ObjectNotInPrerequisiteState as error:
+            with as_sqlalchemy(decider.connection):
+                _command(decider.connection.driver, decision.format(self._txid))
+        except DBAPIError as error:
             self.abort()
-            raise UnsupportedOperation(
-                "a shard has prepared transactions switched off", "set max_prepared_transactions on its server"
-            ) from error
+            if isinstance(error.orig, pg.ObjectNotInPrerequisiteState):
+                raise UnsupportedOperation(
+                    "a shard has prepared transactions switched off", "set max_prepared_transactions on its server"
+                ) from error
+            raise
         except BaseException:
             self.abort()
             raise
@@ -79,7 +83,10 @@ class TwoPhase:
     def _prepare(self, leg: Leg) -> None:
         # Noted before it is sent: if the answer is lost, the part is settled as if it had been prepared.
         self._prepared.append(leg)
-        _command(leg.connection.driver, sql.SQL("PREPARE TRANSACTION {}").format(self._gid(leg)))
+        driver = leg.connection.driver
+        command = sql.SQL("PREPARE TRANSACTION {}").format(self._gid(leg))
+        with as_sqlalchemy(leg.connection):
+            drive(driver, driver.prepare_transaction(command.as_bytes(driver)))
 
     def _gid(self, leg: Leg) -> str:
         assert self._decider is not None  # noqa: S101 - set before the first part is prepared
@@ -113,9 +120,8 @@ class TwoPhase:
 
     def abort(self) -> None:
         """Before the decision was asked for: roll the prepared parts back."""
-        for leg in self._prepared:
-            self._act(leg, "ROLLBACK")
-        self._decider, self._prepared = None, []
+        self._prepared = [leg for leg in self._prepared if not self._act(leg, "ROLLBACK")]
+        self.resolve()  # what has lost its connection
 
     def resolve(self) -> None:
         """The transaction ended and parts of it are still prepared: let the decider's record decide.
@@ -137,7 +143,7 @@ class TwoPhase:
             _command(leg.connection.driver, command)
         except pg.UndefinedObject:
             return True  # it never got as far as being prepared, or somebody settled it already
-        except psycopg.Error as error:
+        except (psycopg.Error, SQLAlchemyError) as error:  # SQLAlchemy's, of a connection that was given up
             _log.info("%s PREPARED on %s: %s", verb, leg.shard.name, type(error).__name__)
             return False
         return True

@@ -5,18 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Final, Literal
 
+from psycopg import pq
+from sqlalchemy import Connection, event
 from sqlalchemy.orm import SessionTransaction
 
 from shardlib.errors import CrossShardTransaction, StaleTopology, UnsupportedOperation
 from shardlib.fence.connection import lock_gates
 from shardlib.fence.verdict import GateClosed
-from shardlib.session.core import Core, Needed
+from shardlib.session.core import Core, Needed, as_sqlalchemy
 from shardlib.shard import ShardConnection
 from shardlib.topology import Shard, Status, Topology
 
 __all__ = ["Leg", "Unit"]
+
+_INTRANS: Final = pq.TransactionStatus.INTRANS
 
 
 class Leg:
@@ -37,10 +41,14 @@ class Leg:
 class Unit:
     """State of one root transaction of a session. It routes by the topology it began with, to its end."""
 
-    __slots__ = ("core", "legs", "opening", "topology", "transaction", "writes")
+    __slots__ = ("_heard", "_stage", "core", "legs", "opening", "prepare", "topology", "transaction", "writes")
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, prepare: Callable[[Unit], None] | None = None) -> None:
         self.core = core
+        self.prepare = prepare
+        """First phase of a commit of several shards."""
+        self._stage: Literal["open", "running", "ready", "failed"] = "open"
+        self._heard: set[ShardConnection] = set()
         self.topology: Topology = core.cache.current
         self.legs: dict[str, Leg] = {}
         self.writes: set[str] = set()
@@ -125,7 +133,8 @@ class Unit:
                 fresh.append((self.topology.shard_by_id(shard_id), gates))
             elif missing := tuple(gate for gate in gates if gate not in leg.gates):
                 try:
-                    lock_gates(leg.connection.driver, missing)
+                    with as_sqlalchemy(leg.connection):
+                        lock_gates(leg.connection.driver, missing)
                 except GateClosed as closed:
                     raise _Refused(leg.shard.name, closed) from None
                 leg.gates = leg.gates.union(missing)
@@ -163,9 +172,47 @@ class Unit:
             for shard, gates in fresh:
                 adopt(begun[shard.id])
                 self.legs[shard.id] = Leg(shard, begun.pop(shard.id), gates)
+            self._commit_in_order()
         finally:
             for conn in begun.values():
                 conn.close()
+
+    def _commit_in_order(self) -> None:
+        """SQLAlchemy commits several connections in any order: what must come first, comes before the first of them."""
+        if len(self.legs) < 2:
+            return
+        for leg in self.legs.values():
+            if leg.connection not in self._heard:
+                self._heard.add(leg.connection)
+                event.listen(leg.connection, "commit", self._committing)
+
+    def _committing(self, conn: Connection) -> None:
+        """Commit the shards that were only read, then prepare; what is left is one COMMIT that decides.
+
+        An error of theirs then means that nothing was kept.
+        """
+        del conn
+        if self._stage in ("running", "ready"):
+            return
+        if self._stage == "failed":
+            raise UnsupportedOperation("the commit of this transaction has failed", "roll it back and run it again")
+        self._stage = "running"
+        try:
+            failed = [leg for leg in self.legs.values() if leg.connection.driver.pgconn.transaction_status != _INTRANS]
+            reads = [leg for shard_id, leg in self.legs.items() if shard_id not in self.writes]
+            for leg in (*failed, *reads):
+                leg.connection._commit_impl()  # noqa: SLF001 - keeps SQLAlchemy's errors; its own call finds nothing to do
+            for leg in failed:
+                raise UnsupportedOperation(
+                    f"the transaction on shard {leg.shard.name!r} has ended already",
+                    "end it by the session alone: session.commit() or session.rollback()",
+                )
+            if self.prepare is not None:
+                self.prepare(self)
+        except BaseException:
+            self._stage = "failed"
+            raise
+        self._stage = "ready"
 
     def will_write(self, legs: list[Leg], *, twophase: bool) -> None:
         """Note that the transaction writes on these shards.

@@ -397,3 +397,48 @@ def test_an_idle_transaction_is_ended_by_the_server(shop: LocalCluster, keys: li
             made.session(body, keys[0])
     finally:
         made.close()
+
+
+def test_what_was_written_before_a_refusal_is_not_committed_as_nothing(
+    facade: Any, keys: list[str], operator: Operator
+) -> None:
+    """A transaction that needs one more gate and is refused has failed: its commit() says so."""
+    shard = facade.core.shard_for(keys[0])
+    moving = give_gate(
+        operator.catalog.load(), shard.id, (TokenRange(facade.core.token(keys[0]), facade.core.token(keys[0])),),
+        nonce=uuid4().hex,
+    )  # fmt: skip
+    for number in moving.gates_of(shard.id):
+        open_gate(operator.on(shard.id), number)
+    operator.publish(moving)
+    facade.core.refresh()
+
+    def body(s: Any) -> None:
+        s.add(Customer(tenant_id=keys[0], id=1, name="x"))
+        s.flush()
+        assert operator.close(shard.id, moving.default_gate(shard.id))
+        with pytest.raises(errors.StaleTopology):
+            s.execute(select(Customer)).all()
+        with pytest.raises(DBAPIError, match="failed"):
+            s.commit()
+
+    facade.session(body, keys[0])
+    assert facade.session(lambda s: s.get(Customer, (keys[0], 1)), keys[0]) is None
+
+
+def test_a_core_scan_holds_all_gates_of_its_shard(facade: Any, keys: list[str], operator: Operator) -> None:
+    shard = facade.core.shard_for(keys[0])
+    token = facade.core.token(keys[0])
+    moving = give_gate(operator.catalog.load(), shard.id, (TokenRange(token, token),), nonce=uuid4().hex)
+    for number in moving.gates_of(shard.id):
+        open_gate(operator.on(shard.id), number)
+    operator.publish(moving)
+    facade.core.refresh()
+
+    def body(conn: Any) -> None:
+        conn.execute(select(Customer).where(Customer.tenant_id == keys[0]))
+        assert not holders(operator.on(shard.id), moving.default_gate(shard.id))
+        conn.execute(select(Customer)).all()
+        assert len(holders(operator.on(shard.id), moving.default_gate(shard.id))) == 1
+
+    facade.connect(body, keys[0])
