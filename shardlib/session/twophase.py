@@ -22,7 +22,7 @@ from psycopg import errors as pg
 from psycopg import sql
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from shardlib.errors import UnsupportedOperation
+from shardlib.errors import InvalidTopology, UnsupportedOperation
 from shardlib.fence.connection import AsyncFencedConnection, FencedConnection, drive
 from shardlib.session.core import Core, as_sqlalchemy
 from shardlib.session.unit import Leg, Unit
@@ -93,23 +93,19 @@ class TwoPhase:
         return gid_of(self._txid, self._decider.shard.id, leg.shard.id)
 
     def finish(self) -> None:
-        """After the decision is durable: commit the prepared parts. What cannot be reached is left to `settle`."""
+        """After the decision is durable: commit the prepared parts.
+
+        A part whose connection is lost is asked for once more on a new one; if that fails too, it is left to `settle`.
+        """
         decider = self._decider
         if decider is None:
             return
-        left: list[str] = []
-        while self._prepared:
-            leg = self._prepared[-1]
-            if not self._act(leg, "COMMIT"):
-                left.append(leg.shard.name)
+        while self._prepared and self._act(self._prepared[-1], "COMMIT"):
             self._prepared.pop()  # not before: if this is interrupted, `resolve` carries on
-        self._decider = None
-        if left:
-            _log.warning(
-                "transaction %s is decided (commit) but not yet visible on %s: it is settled when they answer",
-                self._txid, ", ".join(left),
-            )  # fmt: skip
+        if self._prepared and not self.resolve():
+            _log.warning("transaction %s is decided (commit) but not yet visible on every shard", self._txid)
             return
+        self._decider = None
         forget = sql.SQL(
             "BEGIN; SET LOCAL synchronous_commit = 'off'; DELETE FROM shardlib.decision WHERE txid = {}; COMMIT"
         ).format(self._txid)
@@ -123,19 +119,19 @@ class TwoPhase:
         self._prepared = [leg for leg in self._prepared if not self._act(leg, "ROLLBACK")]
         self.resolve()  # what has lost its connection
 
-    def resolve(self) -> None:
+    def resolve(self) -> bool:
         """The transaction ended and parts of it are still prepared: let the decider's record decide.
 
         Its COMMIT may have been refused, never sent, or have had no answer, or what follows it was interrupted; in
         each case the verdict written at the decider is the truth, and `abort` is written there first if there is
-        none.
+        none. False if a part, or the decider, does not answer.
         """
         decider, prepared = self._decider, self._prepared
         if decider is None:
-            return
+            return True
         parts = [(leg.shard, self._gid(leg)) for leg in prepared]
         self._decider, self._prepared = None, []
-        self._core.waits.call(_settle_parts, self._core.cache.current, parts)
+        return self._core.waits.call(_settle_parts, self._core.cache.current, parts)
 
     def _act(self, leg: Leg, verb: str) -> bool:
         command = sql.SQL("{} PREPARED {}").format(sql.SQL(verb), self._gid(leg))
@@ -187,13 +183,16 @@ def settle(topology: Topology, *, older_than_s: float, timeout_s: float = 5.0) -
     return done
 
 
-def _settle_parts(topology: Topology, parts: Sequence[tuple[Shard, str]]) -> None:
+def _settle_parts(topology: Topology, parts: Sequence[tuple[Shard, str]]) -> bool:
+    settled = True
     for shard, gid in parts:
         try:
             with _connect(shard, _FINISH_S) as conn:
-                _settle_one(topology, shard, conn, gid, _FINISH_S)
+                settled &= _settle_one(topology, shard, conn, gid, _FINISH_S).verdict != "pending"
         except psycopg.Error as error:
+            settled = False
             _log.warning("%s is in doubt on shard %s until it answers: %s", gid, shard.name, type(error).__name__)
+    return settled
 
 
 def _connect(shard: Shard, timeout_s: float) -> psycopg.Connection[tuple[object, ...]]:
@@ -210,7 +209,7 @@ def _connect(shard: Shard, timeout_s: float) -> psycopg.Connection[tuple[object,
 def _settle_one(
     topology: Topology, shard: Shard, conn: psycopg.Connection[tuple[object, ...]], gid: object, timeout_s: float
 ) -> Settled:
-    _, txid, decider_id, _ = str(gid).split(":")
+    _, txid, decider_id, *_ = (*str(gid).split(":"), "", "")
     try:
         with _connect(topology.shard(decider_id), timeout_s) as decider:
             decider.execute(
@@ -219,8 +218,8 @@ def _settle_one(
             found: Sequence[object] | None = decider.execute(
                 "SELECT verdict FROM shardlib.decision WHERE txid = %s", (txid,)
             ).fetchone()
-    except psycopg.Error as error:
-        _log.warning("the decider of %s does not answer: %s", gid, type(error).__name__)
+    except (psycopg.Error, InvalidTopology) as error:
+        _log.warning("the decider of %s does not answer, or is not of this cluster: %s", gid, type(error).__name__)
         return Settled(shard.name, str(gid), "pending")
     verdict = str(found[0]) if found else "pending"
     if verdict != "pending":

@@ -156,3 +156,22 @@ def test_read_only_parts_are_not_prepared(facade: Any, keys: list[str]) -> None:
 
     facade.session(body, twophase=True)
     assert customers(facade) == ["x", "x"]
+
+
+def test_a_gid_that_names_no_decider_does_not_stop_the_settling(facade: Any, keys: list[str], monkeypatch: Any) -> None:
+    """Somebody prepared something by hand under our prefix, or the decider has left the cluster."""
+    monkeypatch.setattr(TwoPhase, "finish", lambda self: self.__init__(self._core))
+    facade.session(lambda s: (add_all(s, keys, "decided"), s.commit()), twophase=True)
+    first = facade.core.topology.shards[0]
+    foreign = ("shardlib:by hand", gid_of(uuid4().hex, "s99", first.id))
+    with psycopg.connect(first.primary.conninfo(), autocommit=True) as conn:
+        for number, gid in enumerate(foreign):
+            conn.execute("BEGIN")
+            conn.execute("INSERT INTO customer (tenant_id, id, name) VALUES ('foreign', %s, 'x')", (number,))
+            conn.execute(f"PREPARE TRANSACTION '{gid}'")
+        done = settle(facade.core.topology, older_than_s=0)
+        assert sorted(entry.verdict for entry in done) == ["commit", "commit", "pending", "pending"]
+        for gid in foreign:
+            conn.execute(f"ROLLBACK PREPARED '{gid}'")
+    assert customers(facade) == ["decided"] * 3
+    decisions(facade)

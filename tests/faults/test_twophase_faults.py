@@ -1,0 +1,173 @@
+"""A two-phase commit that loses a connection at each of its steps: all or nothing, and no false answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import select
+
+from shardlib import ShardedEngine, errors
+from shardlib.catalog import open_catalog
+from shardlib.dsn import Dsn
+from shardlib_ops import LocalCluster
+from tests.support.facade import AsyncFacade, SyncFacade
+from tests.support.faults import Proxy
+from tests.support.models import Base, Customer
+
+pytestmark = pytest.mark.fault
+
+
+@pytest.fixture(scope="module")
+def proxied() -> Iterator[tuple[LocalCluster, list[Proxy]]]:
+    """Two shards, each behind a proxy."""
+    with (
+        LocalCluster(shards=2) as cluster,
+        Proxy(cluster.servers[0].dsn) as first,
+        Proxy(cluster.servers[1].dsn) as second,
+    ):
+        proxies = [first, second]
+        catalog = open_catalog(cluster.url)
+        before = catalog.load()
+        shards = tuple(
+            replace(shard, primary=Dsn(proxy.dsn)) for shard, proxy in zip(before.shards, proxies, strict=True)
+        )
+        catalog.publish(before.evolve(shards=shards, nonce="through proxies"), expected=before.version)
+        catalog.close()
+        with ShardedEngine(cluster.url) as engine:
+            engine.create_all(Base.metadata)
+        yield cluster, proxies
+
+
+@pytest.fixture(params=[SyncFacade, AsyncFacade], ids=["sync", "asyncio"])
+def facade(request: pytest.FixtureRequest, proxied: tuple[LocalCluster, list[Proxy]]) -> Iterator[Any]:
+    cluster, proxies = proxied
+    for server, proxy in zip(cluster.servers, proxies, strict=True):
+        proxy.heal()
+        with psycopg.connect(server.dsn, autocommit=True) as conn:
+            for (gid,) in conn.execute("SELECT gid FROM pg_prepared_xacts").fetchall():
+                conn.execute(f"ROLLBACK PREPARED '{gid}'")
+            conn.execute("TRUNCATE customer CASCADE")
+            conn.execute("TRUNCATE shardlib.decision")
+    made = request.param(cluster.url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def keys(facade: Any) -> list[str]:
+    """A tenant of each shard, in the order of the shards: the second one decides."""
+    found: dict[str, str] = {}
+    number = 0
+    while len(found) < 2:
+        found.setdefault(facade.core.shard_for(f"t{number}").id, f"t{number}")
+        number += 1
+    return [found[shard_id] for shard_id in sorted(found)]
+
+
+def rows(cluster: LocalCluster) -> list[int]:
+    counts = []
+    for server in cluster.servers:
+        with psycopg.connect(server.dsn) as conn:
+            (count,) = conn.execute("SELECT count(*) FROM customer").fetchone() or (0,)
+        counts.append(count)
+    return counts
+
+
+def prepared(cluster: LocalCluster) -> int:
+    with psycopg.connect(cluster.servers[0].dsn) as conn:
+        (count,) = conn.execute("SELECT count(*) FROM pg_prepared_xacts").fetchone() or (0,)
+    return int(count)
+
+
+STEPS = [
+    (0, "PREPARE TRANSACTION", False),
+    (0, "PREPARE TRANSACTION", True),
+    (1, "INSERT INTO SHARDLIB.DECISION", False),
+    (1, "COMMIT", False),
+    (1, "COMMIT", True),
+    (0, "COMMIT PREPARED", False),
+    (0, "COMMIT PREPARED", True),
+    (1, "BEGIN; SET LOCAL SYNCHRONOUS_COMMIT", False),
+]
+
+
+@pytest.mark.parametrize("read_leg", [False, True])
+@pytest.mark.parametrize(("shard", "word", "forwarded"), STEPS)
+def test_a_connection_is_lost_at_each_step(
+    facade: Any, proxied: tuple[LocalCluster, list[Proxy]], keys: list[str], shard: int, word: str, forwarded: bool,
+    read_leg: bool,
+) -> None:  # fmt: skip
+    cluster, proxies = proxied
+    attempts: list[int] = []
+
+    def body(s: Any) -> None:
+        attempts.append(1)
+        if read_leg:
+            s.scalars(select(Customer)).all()
+        s.add_all([Customer(tenant_id=key, id=len(attempts), name="x") for key in keys])
+        s.flush()
+        if len(attempts) == 1:
+            cuts.append(proxies[shard].cuts + proxies[shard].replies_lost)
+            proxies[shard].cut_at(word, forwarded=forwarded)
+
+    cuts: list[int] = []
+    try:
+        facade.run(body, twophase=True)
+    except errors.CommitOutcomeUnknown:
+        outcome = "unknown"
+        assert word == "COMMIT"
+    else:
+        outcome = "done"
+    assert proxies[shard].cuts + proxies[shard].replies_lost > cuts[0], "the fault did not strike"
+    # Whoever looks now, or after the leftovers are settled, finds all or nothing; what was promised is there once.
+    assert prepared(cluster) == 0, "the session left a part in doubt, though every server answers"
+    found = rows(cluster)
+    assert found in ([1, 1], [0, 0])
+    if outcome == "done":
+        assert found == [1, 1]
+    elif forwarded:
+        assert found == [1, 1]
+    assert facade.core.settle(older_than_s=0) == []
+    assert rows(cluster) == found
+
+
+def test_a_server_that_stays_away_after_it_prepared(
+    facade: Any, proxied: tuple[LocalCluster, list[Proxy]], keys: list[str]
+) -> None:
+    """Decided, and one part cannot be reached: commit() is right to return, and settling makes it visible."""
+    cluster, proxies = proxied
+
+    def body(s: Any) -> None:
+        s.add_all([Customer(tenant_id=key, id=1, name="x") for key in keys])
+        s.flush()
+        proxies[0].cut_at("COMMIT PREPARED", forwarded=False)
+        proxies[0].refuse()
+        s.commit()
+
+    facade.session(body, twophase=True)
+    assert rows(cluster) == [0, 1]
+    assert prepared(cluster) == 1
+    proxies[0].heal()
+    assert [entry.verdict for entry in facade.core.settle(older_than_s=0)] == ["commit"]
+    assert rows(cluster) == [1, 1]
+
+
+def test_a_read_leg_lost_at_commit_keeps_nothing(
+    facade: Any, proxied: tuple[LocalCluster, list[Proxy]], keys: list[str]
+) -> None:
+    cluster, proxies = proxied
+
+    def body(s: Any) -> None:
+        s.scalars(select(Customer)).all()
+        s.add(Customer(tenant_id=keys[1], id=1, name="x"))
+        s.flush()
+        proxies[0].cut_at("COMMIT", forwarded=True)
+        with pytest.raises(Exception, match="unknown|lost|closed"):
+            s.commit()
+
+    facade.session(body)
+    assert rows(cluster) == [0, 0]
