@@ -32,6 +32,8 @@ _PLAIN = frozenset(
     }
 )  # fmt: skip
 """Attributes of a SELECT that has neither joins nor order, groups, limits, CTEs or hints."""
+_TRANSFORMS = (TypeDecorator, Enum)
+"""Types that store something else than the value given; a value of another type is stored as it is."""
 _COMPARISONS = frozenset({operators.eq, operators.ne, operators.lt, operators.le, operators.gt, operators.ge})
 
 
@@ -108,7 +110,7 @@ def _take(  # noqa: PLR0911 - each return leaves it to the full analysis
     if parameter.expanding or values[position] is not _UNSET:
         return False
     kind = parameter.type
-    if kind is not column.type and isinstance(kind, TypeDecorator | Enum):
+    if kind is not column.type and (isinstance(kind, _TRANSFORMS) or isinstance(column.type, _TRANSFORMS)):
         return False
     if given:
         if parameter.key not in given:
