@@ -20,7 +20,7 @@ from psycopg.abc import PQGen
 from sqlalchemy.util import await_only
 
 from shardlib.errors import InvalidTopology, UnsupportedOperation
-from shardlib.fence.control import ending_statement
+from shardlib.fence.cursor import AsyncFencedCursor, FencedCursor
 from shardlib.fence.verdict import GateClosed, commit_outcome_unknown, is_closed_gate
 
 __all__ = ["AsyncFencedConnection", "FencedConnection", "UnknownCommit", "drive", "lock_gates", "start"]
@@ -276,44 +276,12 @@ class _Fenced(_Base):
             self._unreplicated = True
 
 
-class _Guarded:
-    """What the two cursor classes share: the session alone ends a transaction."""
-
-    def _start_query(self, query: Any = None) -> PQGen[None]:
-        inner: Any = super()
-        connection: Any = self._conn  # type: ignore[attr-defined]
-        if connection.sealed and query is not None:
-            word = ending_statement(_text_of(query, connection))
-            if word is not None:
-                raise UnsupportedOperation(
-                    f"{word} as the text of a statement would leave what follows without a gate",
-                    "use the session's (or the connection's) commit() and rollback()",
-                )
-        yield from inner._start_query(query)  # noqa: SLF001 - what it overrides
-
-
-def _text_of(query: Any, connection: Any) -> str:
-    if isinstance(query, str):
-        return query
-    if isinstance(query, bytes):
-        return query.decode(connection.info.encoding, "replace")
-    return str(query.as_string(connection)) if hasattr(query, "as_string") else str(query)
-
-
-class _Cursor(_Guarded, psycopg.Cursor[Any]):
-    pass
-
-
-class _AsyncCursor(_Guarded, psycopg.AsyncCursor[Any]):
-    pass
-
-
 class FencedConnection(_Fenced, psycopg.Connection[Any]):
     """A blocking psycopg connection behind the fence."""
 
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
-        self.cursor_factory = _Cursor
+        self.cursor_factory = FencedCursor
         self.add_notice_handler(self._see_notice)
 
     def rollback(self) -> None:
@@ -329,7 +297,7 @@ class AsyncFencedConnection(_Fenced, psycopg.AsyncConnection[Any]):  # type: ign
 
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
-        self.cursor_factory: Any = _AsyncCursor
+        self.cursor_factory: Any = AsyncFencedCursor
         self.add_notice_handler(self._see_notice)
 
     async def rollback(self) -> None:  # type: ignore[override]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, cast
+from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, event, inspect
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction
@@ -17,7 +18,8 @@ from shardlib.route.consistency import Consistency
 from shardlib.route.extract import needs_of
 from shardlib.session.core import Core, Needed
 from shardlib.session.instances import InstanceKeys
-from shardlib.session.statements import route_statement
+from shardlib.session.rows import RowByRow
+from shardlib.session.statements import check_core, route_statement
 from shardlib.session.twophase import TwoPhase
 from shardlib.session.unit import Leg, Unit
 from shardlib.shard import ShardConnection
@@ -77,6 +79,8 @@ class ShardedSession(Session):
         self._bulk: tuple[Leg, bool] | None = None
         self._options: dict[str, Any] = {}
         self.two_phase: TwoPhase | None = TwoPhase(self._core) if twophase else None
+        self._handed_out: WeakSet[Connection] = WeakSet()
+        self._executing = 0
         self.commits = 0
         """How many transactions of this session are committed."""
 
@@ -187,7 +191,11 @@ class ShardedSession(Session):
     def _execute_internal(self, statement: Any, params: Any = None, *, _add_event: Any = None, **kw: Any) -> Any:
         # Routing is the last listener of `do_orm_execute`: those of the application may change the statement.
         route = _route if _add_event is None else partial(_route, then=_add_event)
-        return super()._execute_internal(statement, params, _add_event=route, **kw)
+        self._executing += 1
+        try:
+            return super()._execute_internal(statement, params, _add_event=route, **kw)
+        finally:
+            self._executing -= 1
 
     def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None) -> Connection:
         """The connection of the pinned shard, its transaction begun.
@@ -200,9 +208,18 @@ class ShardedSession(Session):
         if execution_options:
             self._options = dict(execution_options)
         try:
-            return super().connection(bind_arguments=bind_arguments)
+            conn = super().connection(bind_arguments=bind_arguments)
         finally:
             self._options = {}
+        if conn not in self._handed_out:
+            self._handed_out.add(conn)
+            event.listen(conn, "before_execute", self._check_core)
+        return conn
+
+    def _check_core(self, conn: Connection, statement: Any, sets: Any, one: Any, options: Any) -> None:
+        """Before the application executes on a connection of this session: does the statement belong there?"""
+        if not self._flushing and not self._executing:
+            check_core(self, conn, statement, sets or one or None, bool(options.get("all_shards")))
 
     @property
     def _instance_keys(self) -> InstanceKeys:
@@ -293,32 +310,6 @@ class ShardedSession(Session):
         for leg, positions in self._rows_by_leg(keys):
             with self._in_bulk(leg, flushing=True):
                 super().bulk_update_mappings(mapper, [rows[i] for i in positions])
-
-
-class RowByRow:
-    """Stands where SQLAlchemy expects an engine and its connection, and sends each row to the shard of its key."""
-
-    __slots__ = ("_write",)
-
-    def __init__(self, write: Callable[[Any, Any], int]) -> None:
-        self._write = write
-
-    def execute(self, statement: Any, parameters: Any = None) -> _Met:
-        """As `Connection.execute` of a write; the answer tells no more than the number of rows."""
-        return _Met(self._write(statement, parameters))
-
-
-class _Met:
-    """What SQLAlchemy asks of the answer to a write."""
-
-    __slots__ = ("rowcount",)
-
-    def __init__(self, rowcount: int) -> None:
-        self.rowcount = rowcount
-
-    def supports_sane_multi_rowcount(self) -> bool:
-        """PostgreSQL's drivers count one statement at a time, and psycopg adds them up."""
-        return self.rowcount >= 0
 
 
 class _Begun:

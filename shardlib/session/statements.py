@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Result
+from sqlalchemy import Connection, Executable, Result, TextClause
 from sqlalchemy.orm import ORMExecuteState
+from sqlalchemy.schema import DDLElement
 from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.visitors import iterate
 
@@ -23,7 +24,7 @@ from shardlib.topology import Topology
 if TYPE_CHECKING:
     from shardlib.session.session import ShardedSession
 
-__all__ = ["keyless_write", "pinned_needs", "route_statement"]
+__all__ = ["check_core", "keyless_write", "pinned_needs", "route_statement"]
 
 
 def route_statement(session: ShardedSession, state: ORMExecuteState) -> Result[Any] | None:
@@ -148,6 +149,30 @@ def pinned_needs(statement: Any, parameters: Any, describe: Describe) -> Needs:
         if any(isinstance(part, UpdateBase) for part in iterate(statement)):
             raise
         return Needs(Scope.SCAN)
+
+
+def check_core(session: ShardedSession, conn: Connection, statement: Any, parameters: Any, all_shards: bool) -> None:
+    """Refuse a statement of Core, executed on a session's own connection, that belongs on another shard.
+
+    Raises:
+        ShardlibError: as for `session.execute`.
+        UnsupportedOperation: it belongs elsewhere.
+    """
+    if not isinstance(statement, Executable) or isinstance(statement, TextClause | DDLElement):
+        return
+    described = session._core.described  # noqa: SLF001
+    if session._pin is not None:  # noqa: SLF001
+        legs = _pinned(session, pinned_needs(statement, parameters, described), all_shards)
+    else:
+        needs = needs_of(statement, parameters, described)
+        if needs.scope not in (Scope.KEYED, Scope.SCAN):
+            return
+        legs = _unpinned(session, needs, all_shards, order_is_per_parent=False)
+    if any(leg.connection is not conn for leg in legs):
+        raise UnsupportedOperation(
+            "a statement executed on the connection of one shard belongs on another",
+            "give it to session.execute(), which chooses the shard",
+        )
 
 
 def keyless_write(needs: Needs, where: str) -> ShardKeyRequired:

@@ -361,3 +361,27 @@ def test_a_listener_of_the_application_may_change_the_key(facade: Any, keys: lis
         assert [each.tenant_id for each in found] == [keys[1]]
 
     facade.session(body)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_sessions_connection_refuses_rows_of_another_shard(facade: Any, keys: list[str], pinned: bool) -> None:
+    def body(s: Any) -> None:
+        s.execute(insert(Customer).values(tenant_id=keys[0], id=1, name="x"))
+        conn = s.connection()
+        conn.execute(insert(Customer).values(tenant_id=keys[0], id=2, name="x"))
+        assert len(conn.execute(select(Customer).where(Customer.tenant_id == keys[0])).all()) == 2
+        for statement in (
+            insert(Customer).values(tenant_id=keys[1], id=1, name="x"),
+            update(Customer).where(Customer.tenant_id == keys[1]).values(name="y"),
+            delete(Customer).where(Customer.id == 1),
+            *(() if pinned else (select(Customer),)),
+        ):
+            with pytest.raises(errors.ShardlibError):
+                conn.execute(statement)
+        s.add(customer(keys[0], 3))
+        s.execute(update(Customer).where(Customer.tenant_id == keys[0]).values(name="y"))
+        s.commit()
+
+    facade.session(body, *keys[: int(pinned)])
+    assert_rows_at_home(facade, keys[:1])
+    assert [row.name for row in facade.session(lambda s: s.scalars(select(Customer)).all())] == ["y"] * 3
