@@ -151,6 +151,13 @@ class TopologyCache:
                     raise CatalogUnavailable(self._catalog.safe_url, f"no answer within {timeout_s:g} s")
                 self._changed.wait(deadline.left())
 
+    def ask(self) -> None:
+        """Have the catalog read soon, and wait for nothing: listeners are told of a newer topology."""
+        with self._changed:
+            if self._started and not self._closed:
+                self._asked += 1
+                self._changed.notify_all()
+
     def wait_newer(self, version: int, timeout_s: float) -> bool:
         """Wait until the cached version is above `version`, asking nobody; False if it took too long."""
         deadline = Deadline(timeout_s)

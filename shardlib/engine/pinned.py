@@ -93,7 +93,7 @@ def _begin(core: Core, key: bytes, conn: Connection) -> Topology:
     attempt = dead = 0
     while True:
         place = topology.place(core.token(key))
-        if conn.shard is None or conn.shard.id != place.shard.id:
+        if conn.invalidated or conn.shard is None or conn.shard.id != place.shard.id:
             _move(conn, core.pools.engine(place.shard.id))
         conn.shard = place.shard
         try:

@@ -21,14 +21,14 @@ from shardlib.key.declare import KeySpec, describe
 from shardlib.shard import ShardConnection, ShardPools
 from shardlib.token import hash_of
 from shardlib.topology import Shard, Status, Topology
-from shardlib.waits import Waits
+from shardlib.waits import Waiter, Waits
 
 __all__ = ["Core", "Needed", "as_sqlalchemy"]
 
 Needed = dict[str, tuple[int, ...]]
 """Shard id -> numbers of the gates a transaction must hold there."""
 
-_FIRST_PAUSE_S = 0.005
+_FIRST_PAUSE_S = 0.02
 _LONGEST_PAUSE_S = 0.25
 
 
@@ -41,6 +41,7 @@ class Core:
     waits: Waits
     reroute_timeout_s: float
     specs: WeakKeyDictionary[SaTable, KeySpec] = field(default_factory=WeakKeyDictionary)
+    _waiting: set[Waiter] = field(default_factory=set)
     token: Callable[[bytes], int] = field(init=False)
     """Key bytes to token, by the hash function that the cluster was created with."""
     described: Callable[[SaTable], KeySpec] = field(init=False)
@@ -49,6 +50,7 @@ class Core:
     def __post_init__(self) -> None:
         self.token = hash_of(self.cache.current.hash_function)
         self.described = self.describe
+        self.cache.listen(self._arrived)
 
     def places(self, topology: Topology, keys: tuple[bytes, ...]) -> Needed:
         """The shards and gates that these keys need."""
@@ -120,17 +122,23 @@ class Core:
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise StaleTopology(shard, closed.gates[0], topology.version)
-        if self.cache.current.version > topology.version:
-            return self.cache.current
-        try:
-            found = self.waits.call(self.refresh, topology.version, min(remaining, 2.0))
-            if found.version > topology.version:
-                return found
-        except CatalogUnavailable:
-            pass  # the watch may still bring it, and the next attempt asks again
         pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt, remaining) * random.uniform(0.5, 1.0)  # noqa: S311
-        self.waits.call(self.cache.wait_newer, topology.version, pause)
+        # Not a call in a thread: a crowd that waits would take turns in the few threads of an event loop.
+        waiter = self.waits.waiter()
+        self._waiting.add(waiter)
+        try:
+            if self.cache.current.version <= topology.version:
+                self.cache.ask()
+                waiter.wait(pause)
+        finally:
+            self._waiting.discard(waiter)
         return self.cache.current
+
+    def _arrived(self, topology: Topology) -> None:
+        """A newer topology is there: wake who waits for one. Called by the cache."""
+        del topology
+        for waiter in list(self._waiting):
+            waiter.wake()
 
     def connect(
         self, shard: Shard, gates: tuple[int, ...], options: Mapping[str, Any] | None = None

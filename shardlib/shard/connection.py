@@ -84,7 +84,10 @@ class ShardConnection(Connection):
         return super().execution_options(**options)
 
     def move_to(self, engine: Engine) -> None:
-        """Go on with a connection of another engine (or a fresh one of the same). Nothing may have run on this one."""
-        self.connection.invalidate()
+        """Go on with a connection of another engine (or a fresh one of the same). Nothing may have run on this one.
+
+        If none can be had, this one is left `invalidated`: without a connection, to be moved again.
+        """
+        self.invalidate()
         self.engine, self.dialect = engine, engine.dialect
         self._dbapi_connection = engine.raw_connection()
