@@ -5,8 +5,10 @@ One channel for each member, made when it is needed, so that names resolve on th
 member is left for the next one at once. Everything that is not typed (gRPC and protobuf have no types) stays
 behind the client.
 
-Fork: gRPC registers handlers of its own and a child may open new channels, unless the environment says
-`GRPC_ENABLE_FORK_SUPPORT=0`. The child never touches the parent's channels, not even to free them.
+Fork: a child may open new channels, unless the environment says `GRPC_ENABLE_FORK_SUPPORT=0`. One that is forked while
+gRPC polls for a live channel crashes now and then, so every channel is closed before a fork; the parent's calls and
+watches find theirs closed and open new ones afterwards, as after a lost connection. The child never touches what is
+left of the parent's channels, not even to free it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,8 +59,39 @@ _TOKEN_AGE_S: Final = 120.0
 _LEAST_TRY_S: Final = 0.5
 _PAUSE_FIRST_S: Final = 0.02
 _PAUSE_MAX_S: Final = 0.5
+_QUIET_S: Final = 0.01
+_QUIET_S_MAX: Final = 1.0
 _inherited: list[object] = []
 """Channels of the parent process, kept so that a forked child never runs their destructors."""
+
+
+_all: weakref.WeakSet[Channels] = weakref.WeakSet()
+_no_fork = threading.Lock()
+"""Held while the process forks: no channel is opened meanwhile."""
+
+
+def _before_fork() -> None:
+    _no_fork.acquire()
+    closed = [channels for channels in list(_all) if channels.hang_up()]
+    deadline = Deadline(_QUIET_S_MAX)
+    while any(channels.busy for channels in closed) and not deadline.passed():
+        time.sleep(_QUIET_S)
+    if closed:
+        time.sleep(_QUIET_S)  # gRPC's own threads end a moment after the calls they served
+
+
+def _after_fork_in_parent() -> None:
+    _no_fork.release()
+
+
+def _after_fork_in_child() -> None:
+    global _no_fork  # noqa: PLW0603 - the parent's may be held by a thread that is not here
+    _no_fork = threading.Lock()
+
+
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+)
 
 
 class Refused(Exception):  # noqa: N818 - an answer of the server, mapped by the caller
@@ -66,6 +100,10 @@ class Refused(Exception):  # noqa: N818 - an answer of the server, mapped by the
     def __init__(self, code: str, details: str) -> None:
         super().__init__(code, details)
         self.code, self.details = code, details
+
+
+class _HungUp(Exception):  # noqa: N818 - a reason to try again
+    """The channel was closed for a fork before the request was sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +149,7 @@ class Channels:
         for option in ("ca", "cert", "key"):
             target.pem(option)
         self._reset()
+        _all.add(self)
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
@@ -119,6 +158,8 @@ class Channels:
         self._at = random.randrange(len(self.target.endpoints))  # noqa: S311 - spreads clients over members
         self._token, self._token_at = "", 0.0
         self._closed = False
+        self._calls = 0
+        self._streams: list[Any] = []
 
     def call(self, method: str, request: Any, deadline: Deadline, *, again: bool = True) -> Any:
         """One unary call.
@@ -141,6 +182,10 @@ class Channels:
             at = self._at
             try:
                 return self._once(method, request, at, self._share(deadline, failed))
+            except _HungUp:
+                if not again:
+                    reason = "the process forked while it waited for the answer"
+                    break
             except grpc.RpcError as error:
                 code, details = error.code().name, str(error.details())
                 if login_left and self.target.user and _token_refused(code, details):
@@ -168,10 +213,18 @@ class Channels:
         stub = self._channel(at).unary_unary(
             method_path(method), request_serializer=_bytes, response_deserializer=parser(f"{method}Response")
         )
+        metadata = self._metadata(at, timeout_s)
+        with self._lock:
+            self._calls += 1
         try:
-            return stub(request, timeout=timeout_s, metadata=self._metadata(at, timeout_s))
+            return stub(request, timeout=timeout_s, metadata=metadata)
         except ValueError as error:  # gRPC's answer to a call on a channel that another thread has closed
+            if not self._closed:
+                raise _HungUp from None
             raise CatalogUnavailable(self.safe_url, f"this catalog object was closed ({error})") from None
+        finally:
+            with self._lock:
+                self._calls -= 1
 
     def stream(
         self,
@@ -203,7 +256,9 @@ class Channels:
             stub = self._channel(at).stream_stream(
                 method_path(method), request_serializer=_bytes, response_deserializer=parser(response)
             )
-            return stub(requests, timeout=whole_s, metadata=metadata), at
+            call = stub(requests, timeout=whole_s, metadata=metadata)
+            self._streams = [*(each for each in self._streams if not each.done()), call]
+            return call, at
         except grpc.RpcError as error:
             self.leave(at)
             raise CatalogUnavailable(self.safe_url, reason_of(error)) from None
@@ -255,7 +310,7 @@ class Channels:
             self._token = ""
 
     def _channel(self, at: int) -> Any:
-        with self._lock:
+        with _no_fork, self._lock:
             if self._closed:
                 raise CatalogUnavailable(self.safe_url, "this catalog object was closed")
             if at not in self._open:
@@ -274,6 +329,20 @@ class Channels:
         named = (("grpc.ssl_target_name_override", target.server_name),) if target.server_name else ()
         return grpc.secure_channel(endpoint, credentials, options=(*_OPTIONS, *named))
 
+    @property
+    def busy(self) -> bool:
+        """Whether a call is under way."""
+        self._streams = [call for call in self._streams if not call.done()]
+        return bool(self._streams) or self._calls > 0
+
+    def hang_up(self) -> bool:
+        """Close every channel, if there is one; the next call opens a new one."""
+        with self._lock:
+            channels, self._open = self._open, {}
+        for channel in channels.values():
+            channel.close()
+        return bool(channels)
+
     def after_fork(self) -> None:
         """In a forked child: put the parent's channels aside, untouched."""
         if os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "1").lower() in ("0", "false", "no"):
@@ -283,11 +352,8 @@ class Channels:
 
     def close(self) -> None:
         """Close every channel; calls under way end. Idempotent."""
-        with self._lock:
-            self._closed = True
-            channels, self._open = self._open, {}
-        for channel in channels.values():
-            channel.close()
+        self._closed = True
+        self.hang_up()
 
 
 def reason_of(error: Any) -> str:
