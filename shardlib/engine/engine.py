@@ -21,7 +21,7 @@ from shardlib.engine.bulk import BulkProgress, BulkResult, bulk_load
 from shardlib.engine.options import EngineOptions
 from shardlib.engine.pinned import connect_pinned
 from shardlib.engine.schema import SchemaChange
-from shardlib.errors import CommitOutcomeUnknown, InvalidArgument, InvalidTopology, ShardKeyRequired
+from shardlib.errors import CatalogUnavailable, CommitOutcomeUnknown, InvalidArgument, InvalidTopology, ShardKeyRequired
 from shardlib.fence.connection import AsyncFencedConnection, FencedConnection, UnknownCommit, drive
 from shardlib.fence.gate import check_control
 from shardlib.fence.sql import READ_CONTROL
@@ -35,13 +35,14 @@ from shardlib.session.twophase import Settled, settle
 from shardlib.shard import PoolOptions, ShardConnection, ShardPools
 from shardlib.token import token_of
 from shardlib.topology import Shard, Topology
-from shardlib.waits import GreenletWaits, ThreadWaits
+from shardlib.waits import GreenletWaits, ThreadWaits, Ticker
 
 __all__ = ["ShardedEngine"]
 
 T = TypeVar("T")
 
 _NO_KEY: Final = object()
+_SETTLE_EVERY_S: Final = 60.0
 _POOL_NAMES: Final = frozenset(PoolOptions.__dataclass_fields__)
 
 
@@ -143,6 +144,7 @@ class ShardedEngine:
         self._token = token_of(self._cache.current.hash_function)
         self._schema_lock = threading.Lock()
         self._cache.listen(self._topology_changed)
+        self._settler = Ticker(_SETTLE_EVERY_S * random.uniform(0.8, 1.2), self._settle_alone, "shardlib-settle")  # noqa: S311
         _engines.add(self)
 
     # -- the topology ---------------------------------------------------------------------------------------------
@@ -220,10 +222,12 @@ class ShardedEngine:
         """
         if shard_key is not _NO_KEY:
             options["shard_key"] = shard_key
+        self._will_settle(options)
         return ShardedSession(engine=self, **options)
 
     def sessionmaker(self, **options: Any) -> sessionmaker[ShardedSession]:
         """A SQLAlchemy `sessionmaker` of `ShardedSession`; `maker(shard_key=...)` makes a pinned one."""
+        self._will_settle(options)
         return sessionmaker(class_=ShardedSession, engine=self, **options)
 
     def connect(self, shard_key: object = _NO_KEY) -> ShardConnection:
@@ -354,16 +358,35 @@ class ShardedEngine:
     def settle(self, *, older_than_s: float = 60.0) -> list[Settled]:
         """Finish two-phase transactions whose session was lost, by the verdict at their deciding shard.
 
+        An engine that has opened a two-phase session does so by itself about once a minute, one process of the cluster
+        at a time; this does it now.
+
         Args:
             older_than_s: leave younger ones to their session.
         """
         return settle(self.topology, older_than_s=older_than_s)
+
+    def _will_settle(self, session_options: dict[str, Any]) -> None:
+        """From the first two-phase session on, this process helps to settle what others left in doubt."""
+        if session_options.get("twophase") and not self._settler.running:
+            self._settler.start()
+
+    def _settle_alone(self) -> None:
+        """Settle, unless another process of the cluster is at it."""
+        try:
+            lease = self._catalog.acquire("settle", ttl_s=_SETTLE_EVERY_S, holder=f"process {os.getpid()}", wait_s=0.0)
+        except CatalogUnavailable:
+            return  # nothing is lost by waiting for the next time
+        if lease is not None:
+            with lease:
+                settle(self.topology, older_than_s=_SETTLE_EVERY_S)
 
     # -- its end --------------------------------------------------------------------------------------------------
 
     def dispose(self) -> None:
         """Close every connection, the watch and the catalog. Idempotent; the engine cannot be used afterwards."""
         _engines.discard(self)
+        self._settler.stop()
         self._cache.close()
         self._core.pools.dispose()
         self._core.waits.close()

@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 
 from shardlib import errors
 from shardlib.session.twophase import TwoPhase, gid_of, settle
+from tests.support.eventually import eventually
 from tests.support.models import Customer, Order
 
 
@@ -174,4 +175,26 @@ def test_a_gid_that_names_no_decider_does_not_stop_the_settling(facade: Any, key
         for gid in foreign:
             conn.execute(f"ROLLBACK PREPARED '{gid}'")
     assert customers(facade) == ["decided"] * 3
+    decisions(facade)
+
+
+def test_an_engine_settles_by_itself_and_one_at_a_time(facade: Any, keys: list[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr("shardlib.engine.engine._SETTLE_EVERY_S", 0.5)
+    engine = type(facade)(facade.core._catalog.safe_url, pool_size=2)
+    part, decider = (facade.core.shard_for(key) for key in keys[:2])
+    with psycopg.connect(part.primary.conninfo(), autocommit=True) as conn:
+        conn.execute("BEGIN")
+        conn.execute("INSERT INTO customer (tenant_id, id, name) VALUES (%s, 1, 'in doubt')", (keys[0],))
+        conn.execute(f"PREPARE TRANSACTION '{gid_of(uuid4().hex, decider.id, part.id)}'")
+    try:
+        assert not engine.core._settler.running
+        engine.session(
+            lambda s: s.scalars(select(Customer.name).where(Customer.tenant_id == keys[1])).all(), twophase=True
+        )
+        assert engine.core._settler.running
+        eventually(lambda: prepared(facade) == [], 10, "the part in doubt is settled")
+    finally:
+        engine.close()
+        settle(facade.core.topology, older_than_s=0)
+    assert customers(facade) == []
     decisions(facade)
