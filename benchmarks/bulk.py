@@ -89,9 +89,7 @@ def _text_of(server: LocalServer) -> list[bytes]:
     return [*blocks, bytes(block)]
 
 
-def _compare(
-    engine: ShardedEngine, servers: list[LocalServer], rows: list[tuple[Any, ...]], what: str
-) -> list[Row]:
+def _compare(engine: ShardedEngine, servers: list[LocalServer], rows: list[tuple[Any, ...]], what: str) -> list[Row]:
     _empty(servers)
     _one_copy(servers[0], rows)
     blocks = _text_of(servers[0])

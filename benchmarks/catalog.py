@@ -30,9 +30,7 @@ _LIMIT_S: Final = 60.0
 
 
 def _clients(url: str, count: int, pipe: Connection) -> None:
-    """A process of clients: says when they are ready, then for each version in turn when each of them saw
-    it.
-    """
+    """A process of clients: says when they are ready, then for each version in turn when each of them saw it."""
     catalogs = [open_catalog(url) for _ in range(count)]
     caches = [TopologyCache(catalog) for catalog in catalogs]
     seen: dict[int, list[float]] = {}
@@ -96,9 +94,7 @@ def _timed(work: object) -> float:
 
 
 def _large(url: str, shards: int) -> dict[str, float]:
-    """Seconds and bytes of a large topology: publish, load, an update, and the update as a watcher sees
-    it.
-    """
+    """Seconds and bytes of a large topology: publish, load, an update, and the update as a watcher sees it."""
     writer, reader = open_catalog(url, timeout_s=30), open_catalog(url, timeout_s=30)
     first = scattered_topology(random.Random(17), shards, 256)
     figures = {"publish": _timed(lambda: writer.publish(first, expected=None))}

@@ -58,8 +58,7 @@ class Waits(Protocol):
 
         Args:
             calls: functions without arguments.
-            timeout_s: after so many seconds, calls that have not begun are left out; those running are
-            cancelled
+            timeout_s: after so many seconds, calls that have not begun are left out; those running are cancelled
                 where that is possible (greenlets) and waited for everywhere.
 
         Raises:
@@ -77,17 +76,13 @@ class Waits(Protocol):
         """A new one-shot signal of the current thread or loop."""
 
     def owner(self) -> object:
-        """To whom what is opened now belongs: the running event loop, or None where threads share
-        everything.
-        """
+        """To whom what is opened now belongs: the running event loop, or None where threads share everything."""
 
     def owner_gone(self, owner: object) -> bool:
         """Whether the loop that `owner` names has been closed."""
 
     def at_owner_end(self, callback: Callable[[object], None]) -> None:
-        """Call `callback(owner)` when the current event loop is shut down; nothing for threads. Kept
-        weakly.
-        """
+        """Call `callback(owner)` when the current event loop is shut down; nothing for threads. Kept weakly."""
 
     def await_(self, awaitable: Awaitable[T]) -> T:
         """The result of an awaitable; only where `is_async`."""
@@ -227,9 +222,7 @@ class _Batch(Generic[T]):
                 self._finished.set()
 
     def join(self) -> None:
-        """Wait for the calls that helpers run; Ctrl-C leaves out the rest and still waits for those
-        running.
-        """
+        """Wait for the calls that helpers run; Ctrl-C leaves out the rest and still waits for those running."""
         try:
             self._finished.wait()
         except BaseException:
@@ -438,9 +431,7 @@ class GreenletWaits:
         await_only(asyncio.sleep(max(seconds, 0.0)))
 
     def call(self, fn: Callable[..., T], *args: object) -> T:
-        """See `Waits.call`: runs in the loop's default thread pool. A cancelled caller leaves the thread to
-        end.
-        """
+        """See `Waits.call`: runs in the loop's default thread pool. A cancelled caller leaves the thread to end."""
         return await_only(asyncio.to_thread(fn, *args))
 
     def waiter(self) -> Waiter:
@@ -456,9 +447,7 @@ class GreenletWaits:
         return isinstance(owner, asyncio.AbstractEventLoop) and owner.is_closed()
 
     def at_owner_end(self, callback: Callable[[object], None]) -> None:
-        """See `Waits.at_owner_end`. Called at `loop.shutdown_asyncgens()`, which `asyncio.run` always
-        does.
-        """
+        """See `Waits.at_owner_end`. Called at `loop.shutdown_asyncgens()`, which `asyncio.run` always does."""
         loop = asyncio.get_running_loop()
         with self._lock:
             for gone in [known for known in self._ends if known.is_closed()]:
@@ -499,9 +488,7 @@ class GreenletWaits:
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel the tasks and wait until each has ended, whatever cancels us meanwhile (that is raised
-    afterwards).
-    """
+    """Cancel the tasks and wait until each has ended, whatever cancels us meanwhile (that is raised afterwards)."""
     pending = [task for task in tasks if not task.done()]
     for task in pending:
         task.cancel()

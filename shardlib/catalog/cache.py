@@ -1,6 +1,4 @@
-"""The topology a client routes by: one attribute, replaced by a watch, asked anew when a shard refuses a
-gate.
-"""
+"""The topology a client routes by: one attribute, replaced by a watch, asked anew when a shard refuses a gate."""
 
 from __future__ import annotations
 
@@ -29,9 +27,8 @@ class TopologyCache:
 
     `current` is a plain attribute: reading it takes no lock and no network. A watch replaces it; a slow poll
     does too, since nothing may depend on a watch alone. A lower version, the same version with other content,
-    another cluster or another hash function are refused and logged: a catalog restored from a backup must not
-    undo what
-    this process has seen (the shards' gates would refuse it anyway).
+    another cluster or another hash function are refused and logged: a catalog restored from a backup must not undo
+    what this process has seen (the shards' gates would refuse it anyway).
 
     Args:
         catalog: owned by the caller, who closes it after the cache.
@@ -124,8 +121,7 @@ class TopologyCache:
     def refresh(self, *, newer_than: int | None = None, timeout_s: float = 3.0) -> Topology:
         """The topology after asking the catalog, or as soon as the cached version is above `newer_than`.
 
-        Calls share a read of the catalog, but only one that began after they were made: what it returns is at
-            least
+        Calls share a read of the catalog, but only one that began after they were made: what it returns is at least
         as new as the call.
 
         Raises:

@@ -39,9 +39,7 @@ class Kv:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A comparison of a transaction: the key's modification or creation revision, 0 for a key that is not
-    there.
-    """
+    """A comparison of a transaction: the key's modification or creation revision, 0 for a key that is not there."""
 
     key: bytes
     revision: int
@@ -112,9 +110,7 @@ class EtcdClient:
             self._call("Txn", new("TxnRequest", success=ops), deadline)
 
     def txn(self, conditions: Collection[Condition], puts: Collection[Put], deadline: Deadline) -> TxnResult:
-        """Write if every condition holds. Sent once: after CatalogUnavailable it may have happened, or may
-        yet.
-        """
+        """Write if every condition holds. Sent once: after CatalogUnavailable it may have happened, or may yet."""
         compares = [
             new(
                 "Compare",
@@ -133,9 +129,7 @@ class EtcdClient:
         return TxnResult(bool(answer.succeeded), int(answer.header.revision))
 
     def lease_grant(self, ttl_s: int, deadline: Deadline) -> tuple[int, int]:
-        """A new lease: its id and the seconds it was granted for. A lost answer leaves one that nobody
-        uses.
-        """
+        """A new lease: its id and the seconds it was granted for. A lost answer leaves one that nobody uses."""
         answer = self._call("LeaseGrant", new("LeaseGrantRequest", TTL=ttl_s), deadline)
         return int(answer.ID), int(answer.TTL)
 
@@ -244,9 +238,7 @@ class _Watch:
             on_put(_kv(puts[-1]))
 
     def _ask(self) -> Iterator[Any]:
-        """The requests of the stream, drawn by a thread of gRPC: the watch, then one for progress at each
-        beat.
-        """
+        """The requests of the stream, drawn by a thread of gRPC: the watch, then one for progress at each beat."""
         yield new(
             "WatchRequest",
             create_request=new("WatchCreateRequest", key=self._key, start_revision=self._start, progress_notify=True),

@@ -39,9 +39,7 @@ _shelves_lock = threading.Lock()
 
 
 def _renew_locks() -> None:
-    """A forked child has a copy of its own; a lock that another thread of the parent held would never be
-    free.
-    """
+    """A forked child has a copy of its own; a lock that another thread of the parent held would never be free."""
     global _shelves_lock  # noqa: PLW0603 - one registry a process
     _shelves_lock = threading.Lock()
     for shelf in _shelves.values():

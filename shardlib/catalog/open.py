@@ -28,8 +28,8 @@ def open_catalog(url: str, *, timeout_s: float = 3.0, poll_s: float = 10.0) -> C
 
         etcd://[user:password@]host:port[,host:port...]/name
         etcds://...?ca=/path&cert=/path&key=/path&server_name=etcd.internal     TLS, files in PEM
-        postgresql://user:password@host:port/database?catalog=name              `catalog` is `default` if left
-        out memory://name                                                           shared by this process
+        postgresql://user:password@host:port/database?catalog=name              `default` if no catalog is named
+        memory://name                                                           shared by this process
 
     Args:
         url: user and password are percent-encoded; that of PostgreSQL may be `env:NAME` or `file:/path`.

@@ -30,9 +30,7 @@ Row = tuple[Any, ...]
 
 
 class Link(psycopg.Connection[Row]):
-    """A connection whose every wait ends by `deadline`: a server that is stopped keeps its sockets open for
-    ever.
-    """
+    """A connection whose every wait ends by `deadline`: a server that is stopped keeps its sockets open for ever."""
 
     deadline = Deadline(0.0)
 

@@ -74,9 +74,7 @@ class Stop(Protocol):
 
 
 class Store(Protocol):
-    """One catalog in one backend. Every call raises CatalogUnavailable when there is no answer by its
-    deadline.
-    """
+    """One catalog in one backend. Every call raises CatalogUnavailable when there is no answer by its deadline."""
 
     safe_url: str
 

@@ -1,6 +1,4 @@
-"""A watch that survives: one thread follows the stream, another asks now and then whether it missed
-something.
-"""
+"""A watch that survives: one thread follows the stream, another asks now and then whether it missed something."""
 
 from __future__ import annotations
 

@@ -71,8 +71,7 @@ def part_encoder(kind: TypeEngine[Any], where: str, *, deterministic: bool = Fal
     Args:
         kind: the column's type; for several dialects, the one for PostgreSQL counts.
         where: the column's name, for messages.
-        deterministic: the application says that the column's collation, which is not one of PostgreSQL's own,
-        takes
+        deterministic: the application says that the column's collation, which is not one of PostgreSQL's own, takes
             only the same bytes as equal.
 
     Raises:
@@ -237,9 +236,7 @@ def _date(_: sqltypes.Date, at: _At) -> PartEncoder:
 
 
 def _datetime(kind: sqltypes.DateTime, at: _At) -> PartEncoder:
-    """PostgreSQL would read the other kind, aware or naive, by the session's time zone: the key would
-    depend on it.
-    """
+    """PostgreSQL would read the other kind, aware or naive, by the session's time zone: the key would depend on it."""
     aware = bool(kind.timezone)
     found = _PRECISION.match(at.shown)  # the dialect's own type has lost it
     precision = int(found[1]) if found else 6

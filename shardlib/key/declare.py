@@ -55,8 +55,7 @@ class KeySpec:
             values: one for each of `key_names`, in that order.
 
         Raises:
-            InvalidShardKey: a value is NULL, of another type than the column, or PostgreSQL would change it
-            on its
+            InvalidShardKey: a value is NULL, of another type than the column, or PostgreSQL would change it on its
                 way in (too long, too fine, in another time zone).
             ShardKeyRequired: it is a reference table.
         """
@@ -78,11 +77,9 @@ def describe(table: Table) -> KeySpec:
 
     Raises:
         ShardKeyRequired: the table says neither.
-        InvalidShardKey: a column cannot be the shard key: nullable, made by the server, or of a type without
-        a
+        InvalidShardKey: a column cannot be the shard key: nullable, made by the server, or of a type without a
             stable text; or the table is said to be both sharded and a reference table.
-        InvalidTopology: a primary key or unique constraint does not hold the shard key, so that it could not
-        be
+        InvalidTopology: a primary key or unique constraint does not hold the shard key, so that it could not be
             kept across shards.
     """
     found = _described.get(table)
@@ -159,9 +156,7 @@ def _part(table: Table, column: Column[Any]) -> PartEncoder:
 
 
 def _check_unique(table: Table, key: frozenset[str]) -> None:
-    """A shard sees its own rows only: what is unique must hold the whole shard key, or be meant for each
-    shard.
-    """
+    """A shard sees its own rows only: what is unique must hold the whole shard key, or be meant for each shard."""
     for constraint in table.constraints:
         if isinstance(constraint, PrimaryKeyConstraint | UniqueConstraint):
             held = {column.name for column in constraint.columns}

@@ -34,10 +34,10 @@ def encode_key(value: object) -> bytes:
     date                date                          `2024-05-06`
     datetime, naive     timestamp                     `2024-05-06 07:08:09.5`
     datetime, aware     timestamptz                   the same in UTC, with `+00`
-    Decimal             numeric(p, s)                 its digits at its own scale: give it the column's
-    `1.50` Enum                enum, varchar                 its member's name, as SQLAlchemy stores it tuple
-    several columns               its parts, a zero byte between them (see `join_parts`) ===================
-    ============================= ========================================================
+    Decimal             numeric(p, s)                 `1.50`, digits at its own scale: give it the column's
+    Enum                enum, varchar                 its member's name, as SQLAlchemy stores it
+    tuple               several columns               its parts, a zero byte between them (see `join_parts`)
+    =================== ============================= ========================================================
 
     A tuple of one element is that element. An Enum that is also a str or int is refused unless name and value
     give the same bytes: a plain column holds its value and an Enum column its name, so pass the one that is
@@ -139,9 +139,7 @@ def encode_tuple(value: tuple[object, ...]) -> bytes:
 
 
 def _by_base(value: object) -> bytes:
-    """Subclasses, which are rare enough to be looked up in turn; a type stands before the one it derives
-    from.
-    """
+    """Subclasses, which are rare enough to be looked up in turn; a type stands before the one it derives from."""
     for base, encoder in _BASES:
         if isinstance(value, base):
             return encoder(value)

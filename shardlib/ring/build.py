@@ -1,5 +1,4 @@
-"""Place virtual nodes: a first ring, one shard more, one shard less; balanced, and moving no more than must
-be.
+"""Place virtual nodes: a first ring, one shard more, one shard less; balanced, and moving no more than must be.
 
 The tokens of a first ring are evenly spaced and their owners in a pseudo-random order, so each shard owns its
 exact share of the token space (its part of all virtual nodes) while its neighbours are all the others. Adding

@@ -59,9 +59,7 @@ class TokenRange(_Bounds):
 
 
 def merge_ranges(ranges: Iterable[TokenRange]) -> tuple[TokenRange, ...]:
-    """The same tokens as sorted ranges that neither overlap nor touch: the one normal form of a set of
-    tokens.
-    """
+    """The same tokens as sorted ranges that neither overlap nor touch: the one normal form of a set of tokens."""
     merged: list[TokenRange] = []
     for first, last in sorted(ranges):
         if merged and first <= merged[-1].last + 1:

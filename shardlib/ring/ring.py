@@ -43,9 +43,8 @@ class Ring:
     Shape: tokens uint64[V]; owners uint16[V], or uint32[V] past 65,534 shards; at most 24 bytes for each
     virtual node, the table included. A ring without virtual nodes is allowed (a cluster without shards) and
     owns nothing.
-    Source: Karger et al., "Consistent Hashing and Random Trees", STOC 1997; the table of slots is as
-    in Maglev (Eisenbud et al., NSDI 2016), refined by the exact tokens
-    where a slot is shared.
+    Source: Karger et al., "Consistent Hashing and Random Trees", STOC 1997; the table of slots is as in Maglev
+    (Eisenbud et al., NSDI 2016), refined by the exact tokens where a slot is shared.
     """
 
     __slots__ = (
@@ -151,8 +150,7 @@ class Ring:
         return self.owners[first : last + 1].count(owner) == max(0, last + 1 - first)
 
     def ranges_of(self, shard_id: str) -> tuple[TokenRange, ...]:
-        """The token ranges of a shard, sorted, merged where they touch. Empty for a shard that the ring does
-        not name.
+        """The token ranges of a shard, sorted, merged where they touch. Empty for a shard that the ring does not name.
 
         Cost: one pass over all virtual nodes.
         """
@@ -217,8 +215,7 @@ class Ring:
 
 
 def slot_bits(vnode_count: int, shard_count: int) -> int:
-    """How many leading bits of a token choose a slot of a ring's table: 3 to 6 slots a virtual node, if
-    memory allows.
+    """How many leading bits of a token choose a slot of a ring's table: 3 to 6 slots a virtual node, if memory allows.
 
     Args:
         vnode_count: at least 1.

@@ -32,9 +32,7 @@ def insert_nodes(tokens: array[int], owners: array[int], nodes: Mapping[int, int
 
 
 def turned(tokens: array[int], owners: array[int]) -> tuple[array[int], array[int]]:
-    """Tokens and owners in order again, after the first token went back past 0 or the last went on past
-    2**64.
-    """
+    """Tokens and owners in order again, after the first token went back past 0 or the last went on past 2**64."""
     if len(tokens) < 2 or tokens[0] < tokens[-1]:
         return tokens, owners
     start = 1 if tokens[0] > tokens[1] else -1

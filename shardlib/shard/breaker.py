@@ -1,6 +1,4 @@
-"""Whether a connection attempt to an endpoint makes sense now: a circuit breaker without clock or chance of
-its own.
-"""
+"""Whether a connection attempt to an endpoint makes sense now: a circuit breaker without clock or chance of its own."""
 
 from __future__ import annotations
 
@@ -20,8 +18,7 @@ class BreakerState(StrEnum):
 
 @dataclass(slots=True)
 class Breaker:
-    """After `failures_max` failed attempts in a row it opens; after a wait, one attempt probes whether it may
-    close.
+    """After `failures_max` failed attempts in a row it opens; after a wait, one attempt probes whether it may close.
 
     The wait doubles with each failed probe, up to `wait_s_max`, and is shortened by the jitter of the caller,
     so that many processes do not come back at the same moment. Times are seconds of one monotonic clock,
@@ -79,8 +76,6 @@ class Breaker:
         return True
 
     def given_up(self, now: float) -> None:
-        """The attempt ended without an answer for a reason of ours (cancelled): the next one may probe at
-        once.
-        """
+        """The attempt ended without an answer for a reason of ours (cancelled): the next one may probe at once."""
         if self.state is BreakerState.PROBING:
             self.state, self._until = BreakerState.OPEN, now

@@ -44,9 +44,7 @@ class Entry(Protocol):
 
 
 class Ticket:
-    """One place in a queue. `entry`, `permit` or `error` is set, under the budget's lock, before it is
-    woken.
-    """
+    """One place in a queue. `entry`, `permit` or `error` is set, under the budget's lock, before it is woken."""
 
     __slots__ = ("entry", "error", "owner", "permit", "seq", "waiter")
 
@@ -205,9 +203,7 @@ class ConnectionBudget:
             return ticket
 
     def leave(self, member: Member, ticket: Ticket) -> bool:
-        """The waiter's time is over. True: it has been served in that very moment and must use what it
-        got.
-        """
+        """The waiter's time is over. True: it has been served in that very moment and must use what it got."""
         with Section(self):
             if ticket.served:
                 return True
@@ -341,9 +337,7 @@ class ConnectionBudget:
         return closed
 
     def outdate(self, member: Member) -> None:
-        """No connection opened so far is to be used again: idle ones close now, the others when they come
-        back.
-        """
+        """No connection opened so far is to be used again: idle ones close now, the others when they come back."""
         with Section(self):
             member.epoch += 1
         self.close_idle((member,), lambda entry: True)
@@ -375,13 +369,10 @@ class ConnectionBudget:
             member.epoch += 1
             member.breaker.succeeded()
 
-    # ------------------------------------------------------------------------------- decisions, under the
-    # lock
+    # -------------------------------------------------------------------------- decisions, under the lock
 
     def _permit(self, member: Member, now: float, section: Section) -> bool:
-        """Take a permit for `member` if that is possible, at the cost of an idle connection where it must
-        be.
-        """
+        """Take a permit for `member` if that is possible, at the cost of an idle connection where it must be."""
         if not member.may_connect(now):
             return False
         if member.size >= member.size_max:
@@ -448,9 +439,7 @@ class ConnectionBudget:
         section.close.append(entry)
 
     def _older_elsewhere(self, member: Member, head: Ticket | None) -> bool:
-        """Whether a waiter of another pool, older than `head`, waits for nothing but a permit of the
-        process.
-        """
+        """Whether a waiter of another pool, older than `head`, waits for nothing but a permit of the process."""
         if self.open < self.limit:
             return False  # those have been served
         now = self._clock()
@@ -488,8 +477,7 @@ class ConnectionBudget:
             f"the next is made in {breaker.blocked_s(now):.1f} s)",
         )
 
-    # ------------------------------------------------------------------------------- actions, without the
-    # lock
+    # -------------------------------------------------------------------------- actions, without the lock
 
     def settle(self, section: Section) -> None:
         """Act on what was decided, then on what came back meanwhile."""

@@ -17,7 +17,6 @@ FAN_OUT: Final = "shardlib_fan_out"
 """The execution option that marks the statement which several connections are asked."""
 
 
-
 class _Answers(Protocol):
     def answer(self, conn: ShardConnection, statement: Any, parameters: Any, options: Any) -> CursorResult[Any]:
         """The answer of this connection to a statement that several are asked."""

@@ -1,6 +1,4 @@
-"""One SQLAlchemy dialect for all shards of an engine, so that a statement is compiled once and used on
-each.
-"""
+"""One SQLAlchemy dialect for all shards of an engine, so that a statement is compiled once and used on each."""
 
 from __future__ import annotations
 

@@ -19,8 +19,7 @@ __all__ = ["ShardEngine"]
 
 
 class ShardEngine(Engine):
-    """An Engine whose connections are `ShardConnection`s and whose compiled statements are shared by all
-    shards.
+    """An Engine whose connections are `ShardConnection`s and whose compiled statements are shared by all shards.
 
     Args:
         pool: the endpoint's pool.

@@ -33,8 +33,7 @@ class ShardPools:
         is_async: whether `connection_class` is psycopg's `AsyncConnection`; the same as of `waits`.
         connection_class: psycopg's `Connection` or `AsyncConnection`, or a subclass.
         endpoint_of: the DSN of a shard's role by the latest topology; asked before each new connection.
-        on_connect: called with each new driver connection and the shard's id. What it raises goes to whoever
-        wanted
+        on_connect: called with each new driver connection and the shard's id. What it raises goes to whoever wanted
             the connection, which is closed. Under asyncio it runs in a greenlet (`waits.await_`).
         name_of: what errors call a shard, by its id.
         echo: log statements, as `create_engine(echo=True)` does.
@@ -85,9 +84,7 @@ class ShardPools:
         return dialect
 
     def endpoints(self, role: Role = "primary") -> dict[str, Dsn]:
-        """The shards with an engine, and the endpoint that its latest connection was opened to (or will
-        be).
-        """
+        """The shards with an engine, and the endpoint that its latest connection was opened to (or will be)."""
         return {
             shard_id: pool.tried
             for (shard_id, its_role), engine in list(self._engines.items())
@@ -135,9 +132,7 @@ class ShardPools:
         self._waits.run_all([_opening(pool) for pool in pools if pool.cold])
 
     def drop(self, shard_id: str) -> None:
-        """The shard is gone from the topology: close its idle connections now, the others when they come
-        back.
-        """
+        """The shard is gone from the topology: close its idle connections now, the others when they come back."""
         with self._lock:
             gone = [self._engines.pop((shard_id, role), None) for role in ROLES]
         for engine in gone:
@@ -145,8 +140,7 @@ class ShardPools:
                 engine.pool.dispose()
 
     def follow(self) -> None:
-        """The topology has changed: connections to endpoints that are no longer named are closed as by
-        `drop`.
+        """The topology has changed: connections to endpoints that are no longer named are closed as by `drop`.
 
         Raises:
             InvalidTopology: from `endpoint_of`; `drop` shards that are gone before.

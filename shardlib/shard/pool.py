@@ -1,6 +1,4 @@
-"""The connection pool of one endpoint: SQLAlchemy's Pool, with our accounts and one logic for threads and
-asyncio.
-"""
+"""The connection pool of one endpoint: SQLAlchemy's Pool, with our accounts and one logic for threads and asyncio."""
 
 from __future__ import annotations
 
@@ -290,8 +288,7 @@ class ShardPool(Pool):
         with Section(self._budget):
             return not member.idle.get(self._owner()) and member.size < member.size_max
 
-    # --------------------------------------------------------------------------------------- physical
-    # connections
+    # --------------------------------------------------------------------------------- physical connections
 
     def _connect(self, connection_record: ConnectionPoolEntry) -> Any:
         """SQLAlchemy's creator: one attempt through the breaker."""

@@ -71,9 +71,7 @@ class ChunkKey(NamedTuple):
 
 
 class Ref(msgspec.Struct, array_like=True, frozen=True):
-    """One chunk of a bucket. `attempt` is an index into `Head.attempts`, or -1 for a chunk inside the
-    head.
-    """
+    """One chunk of a bucket. `attempt` is an index into `Head.attempts`, or -1 for a chunk inside the head."""
 
     bucket: Number
     attempt: Annotated[int, Meta(ge=-1, lt=1 << 16)]

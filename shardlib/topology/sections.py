@@ -97,9 +97,7 @@ def number_of(shard_id: str) -> int:
 
 
 def ring_bits(vnodes: int) -> int:
-    """How many leading bits of a token name its bucket: about 4,096 to 8,192 virtual nodes (96 KiB) in
-    each.
-    """
+    """How many leading bits of a token name its bucket: about 4,096 to 8,192 virtual nodes (96 KiB) in each."""
     return min(RING_BITS_MAX, (vnodes // _VNODES_PER_BUCKET).bit_length())
 
 
@@ -199,9 +197,7 @@ def read_as(data: bytes, kind: type[T], what: str) -> T:
 
 
 class Reader:
-    """Builds the parts of a topology from buckets, or takes them from a known topology where they are the
-    same.
-    """
+    """Builds the parts of a topology from buckets, or takes them from a known topology where they are the same."""
 
     def __init__(
         self,
@@ -210,9 +206,7 @@ class Reader:
         raw: Callable[[str, int], bytes],
         known: Topology | None,
     ) -> None:
-        """`buckets`: all there are, by section; `same`: those that `known` has alike; `raw`: the bytes of
-        another.
-        """
+        """`buckets`: all there are, by section; `same`: those that `known` has alike; `raw`: the bytes of another."""
         self._buckets, self._same, self._raw, self._known = buckets, same, raw, known
 
     def _all(self, name: str, kind: type[list[T]]) -> list[T]:
@@ -276,9 +270,7 @@ class Reader:
         return tuple(Table(r.name, tuple(r.key), r.schema) for r in self._all("tables", list[_Table]))
 
     def ring(self, bits: int, order: list[int], name: bytes) -> Ring:
-        """The ring of that content digest: one that lives already, or made of the known one and of what was
-        read.
-        """
+        """The ring of that content digest: one that lives already, or made of the known one and of what was read."""
         found = _rings.get(name)
         if found is None:
             found = _rings[name] = self._make_ring(bits, order)

@@ -35,9 +35,7 @@ def _folder(given: Path | None) -> Path:
 def up(
     shards: Annotated[int, typer.Option(help="Number of shards.")] = 2,
     replicas: Annotated[int, typer.Option(help="Replicas of each shard.")] = 0,
-    synchronous: Annotated[
-        bool, typer.Option("--synchronous", help="A commit waits for one replica.")
-    ] = False,
+    synchronous: Annotated[bool, typer.Option("--synchronous", help="A commit waits for one replica.")] = False,
     etcd_members: Annotated[int, typer.Option(help="Members of the catalog: 1 or 3.")] = 1,
     hash_function: Annotated[str, typer.Option(help="murmur3 or xxhash.")] = "murmur3",
     vnode_count: Annotated[int, typer.Option(help="Virtual nodes of each shard.")] = 256,
@@ -99,9 +97,7 @@ def down(
     folder = _folder(directory)
     ran = detached.down(folder, keep=keep)
     if as_json:
-        render.document(
-            {"running": False, "directory": str(folder), "stopped": ran, "kept": keep and folder.exists()}
-        )
+        render.document({"running": False, "directory": str(folder), "stopped": ran, "kept": keep and folder.exists()})
     else:
         render.console().print("stopped" if ran else f"no cluster ran in {folder}", markup=False)
 
@@ -123,7 +119,5 @@ def _show(found: Status, *, as_json: bool) -> None:
     render.console().print(f"{state}, in {found.directory}\ncatalog: {found.url}\n", markup=False)
     keys = ("name", "shard", "role", "dsn")
     rows = [[*(one[key] for key in keys), "up" if one["listening"] else "down"] for one in found.servers]
-    rows += [
-        [one["name"], None, "catalog", one["url"], "up" if one["listening"] else "down"] for one in found.etcd
-    ]
+    rows += [[one["name"], None, "catalog", one["url"], "up" if one["listening"] else "down"] for one in found.etcd]
     render.table(("server", "shard", "role", "address", "state"), rows)

@@ -49,13 +49,9 @@ class NewShard:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise InvalidArgument(
-                "name", self.name, "a letter, then letters, digits, _ . -, 63 characters at most"
-            )
+            raise InvalidArgument("name", self.name, "a letter, then letters, digits, _ . -, 63 characters at most")
         if _ID.fullmatch(self.name):
-            raise InvalidArgument(
-                "name", self.name, "names like s1 are the ids that shards get by themselves"
-            )
+            raise InvalidArgument("name", self.name, "names like s1 are the ids that shards get by themselves")
         if not 1 <= self.vnode_count <= _VNODES_MAX:
             raise InvalidArgument("vnode_count", self.vnode_count, f"1 to {_VNODES_MAX} virtual nodes")
 

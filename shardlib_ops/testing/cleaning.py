@@ -93,9 +93,7 @@ def _look(shard: Shard, tables: Sequence[Table]) -> _Before:
         references = [table for table in tables if table.reference and _exists(table, objects)]
         filled = []
         for table in references:
-            row = connection.execute(
-                sql.SQL("SELECT EXISTS (SELECT FROM {})").format(_name(table))
-            ).fetchone()
+            row = connection.execute(sql.SQL("SELECT EXISTS (SELECT FROM {})").format(_name(table))).fetchone()
             if row is not None and row[0]:
                 filled.append(table.fullname)
         return _Before(objects, frozenset(filled))

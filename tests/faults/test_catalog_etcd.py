@@ -1,6 +1,4 @@
-"""etcd killed, hung, compacted, restored from a backup, with expired tokens: each time the newest topology
-arrives.
-"""
+"""etcd killed, hung, compacted, restored from a backup, with expired tokens: each time the newest topology arrives."""
 
 from __future__ import annotations
 
@@ -174,9 +172,7 @@ class TestOneMember:
     def test_restored_from_a_backup(
         self, server: EtcdServer, catalog: StoredCatalog, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """The version falls, and so do revisions: who has seen more refuses, and goes on when it is
-        overtaken.
-        """
+        """The version falls, and so do revisions: who has seen more refuses, and goes on when it is overtaken."""
         server.kill()
         shutil.copytree(tmp_path / "etcd" / "data", tmp_path / "backup")
         server.start()

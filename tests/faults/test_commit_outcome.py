@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from shardlib import AsyncShardedEngine, ShardedEngine, errors
 from shardlib.catalog import open_catalog
 from shardlib.dsn import Dsn
 from shardlib_ops import LocalCluster
+from tests.support.eventually import eventually_async
 from tests.support.facade import AsyncFacade, SyncFacade
 from tests.support.faults import Proxy
 from tests.support.models import Base, Customer
@@ -130,11 +132,12 @@ async def test_a_cancelled_commit_is_waited_for() -> None:
             replica.pause()
             committing = asyncio.ensure_future(session.commit())
             with psycopg.connect(cluster.servers[0].dsn, autocommit=True) as conn:
-                for _ in range(200):
+
+                async def waits_for_the_replica() -> bool:
                     waiting = conn.execute("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
-                    if waiting.fetchone() == (1,):
-                        break
-                    await asyncio.sleep(0.02)
+                    return waiting.fetchone() == (1,)
+
+                await eventually_async(waits_for_the_replica, 20)
                 committing.cancel()
                 done, _ = await asyncio.wait([committing], timeout=0.3)
                 assert not done, "the cancellation was passed on to the COMMIT"
@@ -158,12 +161,12 @@ def test_a_commit_that_lost_its_synchronous_replica_is_unknown() -> None:
             replica.pause()
             cancel = (
                 "SELECT set_config('statement_timeout', '20s', false)",
-                "DO $$ BEGIN LOOP"
-                " IF (SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity WHERE wait_event = 'SyncRep') > 0"
-                " THEN RETURN; END IF; PERFORM pg_sleep(0.02); PERFORM pg_stat_clear_snapshot(); END LOOP; END $$",
+                (
+                    "DO $$ BEGIN LOOP"
+                    " IF (SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity WHERE wait_event = 'SyncRep') > 0"
+                    " THEN RETURN; END IF; PERFORM pg_sleep(0.02); PERFORM pg_stat_clear_snapshot(); END LOOP; END $$"
+                ),
             )
-            import threading
-
             canceller = threading.Thread(target=lambda: [conn.execute(part) for part in cancel])
             canceller.start()
             with pytest.raises(errors.CommitOutcomeUnknown, match="synchronous replica"):

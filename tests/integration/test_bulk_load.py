@@ -758,9 +758,7 @@ def test_a_further_gate_of_a_shard_is_taken_on_the_way(shop: Shop, load: Load, c
             open_gate(conn, gate)
 
 
-def test_a_long_load_is_many_copies_in_one_transaction(
-    shop: Shop, load: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_load_is_many_copies_in_one_transaction(shop: Shop, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server tells what it refuses at the end of a COPY; the row is still found."""
     monkeypatch.setattr(bulk_copy, "SEGMENT_BYTES", 100_000)
     read = 0

@@ -23,9 +23,7 @@ from tests.support.topologies import PASSWORD, changed, facts, make_topology
 
 
 class Interrupted:
-    """A real catalog behind a switch: while `away` it does not answer, while `slow` it waits before it
-    does.
-    """
+    """A real catalog behind a switch: while `away` it does not answer, while `slow` it waits before it does."""
 
     def __init__(self, inner: Catalog) -> None:
         self.inner, self.safe_url = inner, inner.safe_url

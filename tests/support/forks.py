@@ -10,9 +10,7 @@ from tests.support.eventually import eventually
 
 
 def in_child(work: Callable[[], None], *, within_s: float = 20.0) -> Callable[[], None]:
-    """Run `work` in a forked child; the function returned waits for it and fails if it failed or did not
-    end.
-    """
+    """Run `work` in a forked child; the function returned waits for it and fails if it failed or did not end."""
     with warnings.catch_warnings():
         # Newer Pythons warn of any fork with threads.
         warnings.simplefilter("ignore", DeprecationWarning)

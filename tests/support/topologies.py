@@ -33,9 +33,7 @@ def make_topology(shards: int = 3, vnodes: int = 256, *, cluster_id: str = "c1",
 
 
 def scattered_topology(rng: random.Random, shards: int, vnodes: int) -> Topology:
-    """The same without the cost of balancing: random tokens, owners in turn. For sizes of thousands of
-    shards.
-    """
+    """The same without the cost of balancing: random tokens, owners in turn. For sizes of thousands of shards."""
     from array import array
 
     from shardlib.ring import Ring

@@ -17,7 +17,13 @@ WRITES = [
     Write("b", "u5", 2, 2.5, 3.0, "ok"),
     Write("b", "u6", None, 3.0, 3.5, "ok"),
 ]
-READS = [Read("a", 0, 0.5, 0.9), Read("a", 1, 2.5, 3.5), Read("a", 2, 4.5, 9.0), Read("a", 3, 5.5, 7.0), Read("b", 2, 4.0, 5.0)]
+READS = [
+    Read("a", 0, 0.5, 0.9),
+    Read("a", 1, 2.5, 3.5),
+    Read("a", 2, 4.5, 9.0),
+    Read("a", 3, 5.5, 7.0),
+    Read("b", 2, 4.0, 5.0),
+]
 HELD = [
     Held("s1", {"a": ["u1", "u2", "u3"]}, {"a": 3}, {"a": 3}),
     Held("s2", {"b": ["u5", "u6"]}, {"b": 2}, {"b": 2}),
@@ -42,7 +48,10 @@ def test_an_unknown_write_may_be_absent() -> None:
         ("twice", [Held("s1", {"a": ["u1", "u2", "u2", "u3"]}, {"a": 3}, {}), HELD[1]]),
         ("twice", [HELD[0], Held("s2", {"b": ["u5", "u6"], "a": ["u1"]}, {"b": 2}, {})]),
         ("ghost", [HELD[0], Held("s2", {"b": ["u4", "u5", "u6"]}, {"b": 2}, {})]),
-        ("misplaced", [Held("s1", {"a": ["u1", "u2", "u3"], "b": ["u5", "u6"]}, {"a": 3}, {}), Held("s2", {}, {"b": 2}, {})]),
+        (
+            "misplaced",
+            [Held("s1", {"a": ["u1", "u2", "u3"], "b": ["u5", "u6"]}, {"a": 3}, {}), Held("s2", {}, {"b": 2}, {})],
+        ),
         ("counter of a is 4", [Held("s1", {"a": ["u1", "u2", "u3"]}, {"a": 4}, {}), HELD[1]]),
         ("counter of b is 1", [HELD[0], Held("s2", {"b": ["u5", "u6"]}, {"b": 1}, {})]),
     ],
