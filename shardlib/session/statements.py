@@ -47,7 +47,7 @@ def route_statement(session: ShardedSession, state: ORMExecuteState) -> Result[A
     else:
         needs = needs_of(state.statement, state.parameters, session._core.described)  # noqa: SLF001
         legs = _unpinned(session, needs, bool(options.get("all_shards")), _order_is_per_parent(state))
-    if needs.per_key_rows is not None:
+    if needs.per_key_rows:  # with none at all, any shard finds nothing to do
         return _rows_by_shard(session, state, needs.per_key_rows)
     if len(legs) == 1:
         state.bind_arguments["bind"] = legs[0].connection.engine
@@ -205,7 +205,28 @@ def _rows_by_shard(
         with session._in_bulk(leg, flushing=False):  # noqa: SLF001
             results.append(state.invoke_statement(statement, bind_arguments={"bind": leg.connection.engine}))
     state.parameters = whole
-    return results[0] if len(results) == 1 else _merged(results)
+    if len(results) == 1:
+        return results[0]
+    if getattr(state.statement, "_sort_by_parameter_order", False):
+        return _in_order(results, [positions for _, positions in groups])
+    return _merged(results)
+
+
+def _in_order(results: list[Result[Any]], positions: list[list[int]]) -> Result[Any]:
+    """The rows of several results in the order of the parameter sets that they answer."""
+    frozen = [result.freeze() for result in results]
+    rows = [list(part._rewrite_rows()) for part in frozen]  # noqa: SLF001 - no public way
+    if any(len(part) != len(places) for part, places in zip(rows, positions, strict=True)):
+        raise UnsupportedOperation(
+            "rows of several shards cannot be sorted by parameter order when some sets gave none (ON CONFLICT)",
+            "leave sort_by_parameter_order away, or return the key and sort by it",
+        )
+    placed: dict[int, Any] = {
+        place: row
+        for part, places in zip(rows, positions, strict=True)
+        for place, row in zip(places, part, strict=True)
+    }
+    return frozen[0].with_new_rows([placed[place] for place in sorted(placed)])()
 
 
 def _only(statement: Any, parameters: Any, positions: list[int]) -> tuple[Any, Any]:

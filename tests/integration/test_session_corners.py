@@ -6,7 +6,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import delete, event, insert, select, text, update
+from sqlalchemy import bindparam, delete, event, func, insert, literal_column, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import with_loader_criteria
 
@@ -385,3 +385,68 @@ def test_a_sessions_connection_refuses_rows_of_another_shard(facade: Any, keys: 
     facade.session(body, *keys[: int(pinned)])
     assert_rows_at_home(facade, keys[:1])
     assert [row.name for row in facade.session(lambda s: s.scalars(select(Customer)).all())] == ["y"] * 3
+
+
+def test_rows_returned_in_the_order_of_the_parameters(facade: Any, keys: list[str]) -> None:
+    rows = [{"tenant_id": key, "id": n, "name": f"{key}/{n}"} for n in range(5) for key in keys]
+
+    def body(s: Any) -> None:
+        statement = insert(Customer).returning(Customer, sort_by_parameter_order=True)
+        assert [found.name for found in s.scalars(statement, rows)] == [row["name"] for row in rows]
+        statement = insert(Customer).returning(Customer.name, Customer.id, sort_by_parameter_order=True)
+        more = [{**row, "id": row["id"] + 10} for row in rows]
+        assert s.execute(statement, more).all() == [(row["name"], row["id"]) for row in more]
+
+    facade.session(body, twophase=True)
+
+
+def test_parameter_sets_that_name_no_key_change_nothing(facade: Any, keys: list[str]) -> None:
+    table = Customer.__table__
+    statement = update(table).where(table.c.tenant_id == bindparam("tenant")).values(name="y")
+
+    def body(s: Any) -> None:
+        s.add_all([customer(key) for key in keys])
+        assert s.execute(statement, [{"tenant": None}, {"tenant": None}]).rowcount == 0
+        assert s.execute(statement, [{"tenant": keys[0]}, {"tenant": None}]).rowcount == 1
+        s.commit()
+
+    facade.session(body, twophase=True)
+
+
+def test_a_backend_lost_before_the_commit_is_run_again_once(facade: Any, keys: list[str]) -> None:
+    facade.session(lambda s: (s.add_all([customer(key) for key in keys]), s.commit()), twophase=True)
+    for victim in range(3):
+        calls: list[int] = []
+
+        def body(s: Any, victim: int = victim, calls: list[int] = calls) -> None:
+            calls.append(1)
+            for key in keys:
+                s.get(Customer, (key, 1)).name += "!"
+            s.flush()
+            if len(calls) == 1:
+                leg = s._unit.legs[facade.core.shard_for(keys[victim]).id]
+                with psycopg.connect(leg.shard.primary.conninfo(), autocommit=True) as admin:
+                    admin.execute("SELECT pg_terminate_backend(%s, 5000)", (leg.connection.driver.info.backend_pid,))
+
+        facade.run(body, twophase=True)
+        assert len(calls) == 2
+        names = facade.session(lambda s: [found.name for found in s.scalars(select(Customer))])
+        assert names == ["x" + "!" * (victim + 1)] * 3
+    for shard in facade.core.topology.shards:
+        with psycopg.connect(shard.primary.conninfo()) as conn:
+            conn.execute("DELETE FROM shardlib.decision")  # that the lost part was aborted
+
+
+@pytest.mark.xfail(strict=True, reason="a function without a table is taken for one that reads none")
+@pytest.mark.parametrize(
+    "statement", [select(func.corner_count()), select(literal_column("corner_count()")), select(text("corner_count()"))]
+)
+def test_a_function_of_the_database_is_not_answered_by_one_shard(facade: Any, keys: list[str], statement: Any) -> None:
+    for shard in facade.core.topology.shards:
+        with psycopg.connect(shard.primary.conninfo()) as conn:
+            conn.execute(
+                "CREATE OR REPLACE FUNCTION corner_count() RETURNS bigint LANGUAGE sql AS 'SELECT count(*) FROM customer'"
+            )
+    facade.session(lambda s: (s.add_all([customer(key) for key in keys]), s.commit()), twophase=True)
+    with pytest.raises(errors.ShardlibError):
+        facade.session(lambda s: s.scalar(statement))
