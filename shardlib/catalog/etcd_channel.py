@@ -1,5 +1,4 @@
-"""gRPC channels to the members of an etcd cluster: which one is asked, with what credentials, and what
-follows.
+"""gRPC channels to the members of an etcd cluster: which one is asked, with what credentials, and what follows.
 
 One channel for each member, made when it is needed, so that names resolve on their own and a dead or hung
 member is left for the next one at once. Everything that is not typed (gRPC and protobuf have no types) stays
@@ -47,10 +46,8 @@ _OPTIONS: Final = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    (
-        "grpc.use_local_subchannel_pool",
-        1,
-    ),  # else a new client shares the connection, and the back-off, of others
+    # Else a new client shares the connection, and the back-off, of others.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.enable_retries", 0),  # a Txn must never be sent twice
 )
@@ -61,6 +58,7 @@ _PAUSE_FIRST_S: Final = 0.02
 _PAUSE_MAX_S: Final = 0.5
 _QUIET_S: Final = 0.01
 _QUIET_S_MAX: Final = 1.0
+"""A fork waits so long at most, looking every `_QUIET_S`, for the calls on the channels it closed to end."""
 _inherited: list[object] = []
 """Channels of the parent process, kept so that a forked child never runs their destructors."""
 
@@ -80,18 +78,13 @@ def _before_fork() -> None:
         time.sleep(_QUIET_S)  # gRPC's own threads end a moment after the calls they served
 
 
-def _after_fork_in_parent() -> None:
+def _after_fork() -> None:
+    # In the child too it is this thread's own to release. A new lock would not do there: watches that an earlier hook
+    # began anew wait for this one already.
     _no_fork.release()
 
 
-def _after_fork_in_child() -> None:
-    global _no_fork  # noqa: PLW0603 - the parent's may be held by a thread that is not here
-    _no_fork = threading.Lock()
-
-
-os.register_at_fork(
-    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
-)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
 class Refused(Exception):  # noqa: N818 - an answer of the server, mapped by the caller
