@@ -78,12 +78,10 @@ class AsyncShardedEngine:
         """See `ShardedEngine.session`."""
         if shard_key is not _NO_KEY:
             options["shard_key"] = shard_key
-        self.sync_engine._will_settle(options)  # noqa: SLF001 - its own inside
         return AsyncShardedSession(engine=self, **options)
 
     def sessionmaker(self, **options: Any) -> async_sessionmaker[AsyncShardedSession]:
         """A SQLAlchemy `async_sessionmaker` of `AsyncShardedSession`."""
-        self.sync_engine._will_settle(options)  # noqa: SLF001 - its own inside
         return async_sessionmaker(class_=AsyncShardedSession, engine=self, **options)
 
     def connect(self, shard_key: object = _NO_KEY) -> AsyncConnection:

@@ -222,12 +222,10 @@ class ShardedEngine:
         """
         if shard_key is not _NO_KEY:
             options["shard_key"] = shard_key
-        self._will_settle(options)
         return ShardedSession(engine=self, **options)
 
     def sessionmaker(self, **options: Any) -> sessionmaker[ShardedSession]:
         """A SQLAlchemy `sessionmaker` of `ShardedSession`; `maker(shard_key=...)` makes a pinned one."""
-        self._will_settle(options)
         return sessionmaker(class_=ShardedSession, engine=self, **options)
 
     def connect(self, shard_key: object = _NO_KEY) -> ShardConnection:
@@ -366,9 +364,9 @@ class ShardedEngine:
         """
         return settle(self.topology, older_than_s=older_than_s)
 
-    def _will_settle(self, session_options: dict[str, Any]) -> None:
-        """From the first two-phase session on, this process helps to settle what others left in doubt."""
-        if session_options.get("twophase") and not self._settler.running:
+    def _help_to_settle(self) -> None:
+        """From its first two-phase session on, this process helps to settle what others left in doubt."""
+        if not self._settler.running:
             self._settler.start()
 
     def _settle_alone(self) -> None:
@@ -420,6 +418,8 @@ _engines: weakref.WeakSet[ShardedEngine] = weakref.WeakSet()
 
 
 def _engines_after_fork() -> None:
+    # A hook of its own, which runs after that of `waits`: it was registered later. The cache begins to watch anew here,
+    # from threads that may call the pools, and those must have let go of the parent's connections by then.
     for engine in list(_engines):
         engine._after_fork()  # noqa: SLF001 - our own class
 

@@ -78,7 +78,10 @@ class ShardedSession(Session):
         self._unit: Unit | None = None
         self._bulk: tuple[Leg, bool] | None = None
         self._options: dict[str, Any] = {}
-        self.two_phase: TwoPhase | None = TwoPhase(self._core) if twophase else None
+        self.two_phase: TwoPhase | None = None
+        if twophase:
+            self.two_phase = TwoPhase(self._core)
+            engine._help_to_settle()  # noqa: SLF001 - the same
         self._handed_out: WeakSet[Connection] = WeakSet()
         self._executing = 0
         self.commits = 0

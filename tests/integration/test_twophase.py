@@ -198,3 +198,16 @@ def test_an_engine_settles_by_itself_and_one_at_a_time(facade: Any, keys: list[s
         settle(facade.core.topology, older_than_s=0)
     assert customers(facade) == []
     decisions(facade)
+
+
+def test_a_session_of_any_origin_makes_the_engine_settle(facade: Any) -> None:
+    """Also one that is told only when its maker is called, or whose maker was made before a fork."""
+    engine = type(facade)(facade.core._catalog.safe_url, pool_size=1)
+    try:
+        make = engine.core.sessionmaker()
+        make().close()
+        assert not engine.core._settler.running
+        make(twophase=True).close()
+        assert engine.core._settler.running
+    finally:
+        engine.close()
