@@ -50,10 +50,11 @@ class Postgres:
         Raises:
             UnsupportedOperation: it failed, or did not end in time; the message holds its output.
         """
-        options: Mapping[str, Any] = as_account(owner)
+        command, more = as_account(owner, [self.program(name), *arguments])
+        options: Mapping[str, Any] = more
         try:
             done = subprocess.run(
-                [self.program(name), *arguments],
+                command,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -114,9 +115,10 @@ def _wheel() -> Path:
 
 
 def _version(folder: Path, owner: Account | None) -> str:
-    options: Mapping[str, Any] = as_account(owner)
+    command, more = as_account(owner, [str(folder / "postgres"), "--version"])
+    options: Mapping[str, Any] = more
     done: subprocess.CompletedProcess[str] = subprocess.run(
-        [str(folder / "postgres"), "--version"],
+        command,
         capture_output=True,
         text=True,
         timeout=_ANSWER_S,

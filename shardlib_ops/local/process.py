@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,11 +55,18 @@ def account() -> Account | None:
     return Account(entry.pw_name, entry.pw_uid, entry.pw_gid)
 
 
-def as_account(owner: Account | None) -> dict[str, object]:
-    """The arguments of `subprocess` that drop to an account."""
+def as_account(owner: Account | None, command: Sequence[str]) -> tuple[list[str], dict[str, object]]:
+    """A command, and arguments of `subprocess`, so that it runs as an account.
+
+    By `setpriv` where there is one: `subprocess` starts a program by vfork unless it has to change the user itself,
+    and a child made by a full fork crashes now and then if gRPC (the etcd client) is at work in this process.
+    """
     if owner is None:
-        return {}
-    return {"user": owner.uid, "group": owner.gid, "extra_groups": []}
+        return list(command), {}
+    if (setpriv := shutil.which("setpriv")) is not None:
+        change = [setpriv, f"--reuid={owner.uid}", f"--regid={owner.gid}", "--clear-groups", "--"]
+        return [*change, *command], {}
+    return list(command), {"user": owner.uid, "group": owner.gid, "extra_groups": []}
 
 
 def wait_until(condition: Callable[[], bool], within_s: float) -> bool:
@@ -220,16 +228,17 @@ class Daemon:
         """Start it, unless it runs."""
         if self.pid is not None:
             return
+        command, options = as_account(self._owner, self._command)
         with self.log.open("ab") as output:
             self._child = subprocess.Popen(  # type: ignore[call-overload]
-                self._command,
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 env=self._environment,
                 cwd=self.log.parent,
                 start_new_session=True,
-                **as_account(self._owner),
+                **options,
             )
 
     def freeze(self) -> None:
