@@ -445,7 +445,7 @@ def test_a_function_of_the_database_is_not_answered_by_one_shard(facade: Any, ke
     for shard in facade.core.topology.shards:
         with psycopg.connect(shard.primary.conninfo()) as conn:
             conn.execute(
-                "CREATE OR REPLACE FUNCTION corner_count() RETURNS bigint LANGUAGE sql AS 'SELECT count(*) FROM customer'"
+                "CREATE OR REPLACE FUNCTION corner_count() RETURNS int8 LANGUAGE sql AS 'SELECT count(*) FROM customer'"
             )
     facade.session(lambda s: (s.add_all([customer(key) for key in keys]), s.commit()), twophase=True)
     with pytest.raises(errors.ShardlibError):
