@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["AGGREGATES", "SCALARS"]
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.elements import AbstractTextClause, ClauseElement, ColumnClause
+from sqlalchemy.sql.functions import FunctionElement
+
+__all__ = ["AGGREGATES", "SCALARS", "calls_the_unknown"]
 
 _AGGREGATES = """
     any_value array_agg avg bit_and bit_or bit_xor bool_and bool_or corr count covar_pop covar_samp
@@ -38,3 +42,29 @@ AGGREGATES = frozenset(_AGGREGATES.split())
 
 SCALARS = frozenset(_SCALARS.split())
 """Functions of one row, of PostgreSQL and its usual extensions. Any other function may be an aggregate."""
+
+_WITHOUT_TABLES = """
+    current_database current_schema current_schemas current_setting generate_series generate_subscripts
+    json_array_elements json_array_elements_text json_each json_each_text json_object_keys json_to_record
+    json_to_recordset jsonb_array_elements jsonb_array_elements_text jsonb_each jsonb_each_text jsonb_object_keys
+    jsonb_to_record jsonb_to_recordset regexp_matches regexp_split_to_table set_config string_to_table to_regclass
+    txid_current unnest version
+"""
+
+_ROWS = frozenset(_WITHOUT_TABLES.split())
+"""Functions of PostgreSQL, of a server or of rows made from their arguments, that read no table of the user's."""
+
+
+def calls_the_unknown(statement: ClauseElement) -> bool:
+    """Whether a statement without tables calls a function that is not PostgreSQL's, or holds text that may call one."""
+    for element in visitors.iterate(statement):
+        if isinstance(element, FunctionElement):
+            name = str(getattr(element, "name", "")).lower()
+            if name not in SCALARS and name not in AGGREGATES and name not in _ROWS and not name.startswith("pg_"):
+                return True
+        elif isinstance(element, AbstractTextClause):
+            if "(" in str(element):
+                return True
+        elif isinstance(element, ColumnClause) and element.is_literal and "(" in element.name:
+            return True
+    return False

@@ -437,7 +437,6 @@ def test_a_backend_lost_before_the_commit_is_run_again_once(facade: Any, keys: l
             conn.execute("DELETE FROM shardlib.decision")  # that the lost part was aborted
 
 
-@pytest.mark.xfail(strict=True, reason="a function without a table is taken for one that reads none")
 @pytest.mark.parametrize(
     "statement", [select(func.corner_count()), select(literal_column("corner_count()")), select(text("corner_count()"))]
 )
