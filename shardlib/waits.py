@@ -1,8 +1,8 @@
 """The one place of the library that waits: in threads, or in greenlets over an event loop.
 
 Everything above is written once, as plain functions. An engine chooses `ThreadWaits` or `GreenletWaits` when
-it is made and hands it down; no other module sleeps, starts a thread for work, or asks whether it runs under
-asyncio.
+it is made and hands it down; no other module on the way of a statement sleeps, starts a thread for work, or asks
+whether it runs under asyncio. Below it, the catalog blocks, in threads of its own or in those of `call`.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ SLEEPS_ALLOWED = {
     "shardlib/fence/gate.py": "gives way between two attempts, by a function that its caller may replace",
     "shardlib/catalog/etcd_channel.py": "a blocking call pauses between its attempts, within its deadline",
     "shardlib/catalog/postgres_door.py": "the same",
+    "shardlib/catalog/stored.py": "the same, and between two looks at a lease that another holds",
+    "shardlib/catalog/cache.py": "the first load of a topology is tried again, within its time limit",
     "shardlib/engine/aio.py": "`run` pauses in the coroutine of its caller, outside of any greenlet",
 }
 """Files of the library that may mention a sleep of any kind, each with its reason."""
@@ -69,6 +71,8 @@ def sleeps(tree: ast.AST) -> list[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("time.sleep", "asyncio.sleep"):
             found.append((node.lineno, ast.unparse(node)))
+        elif isinstance(node, ast.Attribute) and re.fullmatch(r"(threading\.)?Event\(\)\.wait", ast.unparse(node)):
+            found.append((node.lineno, "a wait for an event that nobody can set"))
         elif isinstance(node, ast.ImportFrom) and node.module in ("time", "asyncio"):
             found += [(node.lineno, f"{node.module}.sleep") for each in node.names if each.name == "sleep"]
     return found
@@ -100,6 +104,7 @@ def test_the_library_prints_nothing() -> None:
         "import time\ntime.sleep(1)",
         "from asyncio import sleep as rest",
         "import time\ndef f(nap=time.sleep): ...",
+        "import threading\nthreading.Event().wait(1)",
     ],
 )
 def test_a_sleep_is_found(source: str) -> None:

@@ -20,6 +20,8 @@ __all__ = ["TopologyCache"]
 
 _log = logging.getLogger("shardlib.catalog")
 _CLOSE_S: Final = 1.0
+_PAUSE_FIRST_S: Final = 0.05
+_PAUSE_MAX_S: Final = 1.0
 
 
 class TopologyCache:
@@ -72,7 +74,7 @@ class TopologyCache:
         if self._started:
             return self.current
         saved, problem = self._read_saved()
-        deadline, wait_s = Deadline(timeout_s), 0.05
+        deadline, wait_s = Deadline(timeout_s), _PAUSE_FIRST_S
         while True:
             try:
                 loaded = self._catalog.load()
@@ -86,8 +88,8 @@ class TopologyCache:
                     if problem is not None:
                         error.add_note(f"{self._file} was of no use: {problem}")
                     raise
-                threading.Event().wait(wait_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
-                wait_s = min(1.0, wait_s * 2)
+                time.sleep(wait_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+                wait_s = min(_PAUSE_MAX_S, wait_s * 2)
         if problem is not None:
             _log.warning("%s was of no use: %s", self._file, problem)
         if saved is not None and saved.cluster_id != loaded.cluster_id:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -26,6 +27,10 @@ _CHUNK_S: Final = 0.02
 reads.
 """
 _LEASE_POLL_S: Final = 0.5
+_PAUSE_FIRST_S: Final = 0.02
+_PAUSE_MAX_S: Final = 0.25
+_SWAP_PART: Final = 0.6
+"""The part of a publish's time that the swap may take; the rest is kept for reading what became of it."""
 
 
 class StoredCatalog:
@@ -85,11 +90,7 @@ class StoredCatalog:
             return last[0]
         if known is None and last is not None:
             known = last[0]
-        if known is not None and (known.version, known.nonce, known.cluster_id) == (
-            head.version,
-            head.nonce,
-            head.cluster_id,
-        ):
+        if known is not None and _same(head, known):
             topology = known
         else:
             known_head = None
@@ -133,9 +134,8 @@ class StoredCatalog:
             deadline = Deadline(self._timeout_s)
         grant = None if lease is None else lease.grant
         try:
-            # Part of the time is kept back for reading what became of it.
             swapped = self._store.swap_head(
-                encoded.data, record.revision if record else None, grant, Deadline(deadline.left() * 0.6)
+                encoded.data, record.revision if record else None, grant, Deadline(deadline.left() * _SWAP_PART)
             )
         except CatalogUnavailable as error:
             self._settle(encoded, record, expected, deadline, error)
@@ -155,7 +155,7 @@ class StoredCatalog:
         error: CatalogUnavailable,
     ) -> None:
         """Learn by reading what became of a swap whose answer did not come. Returns if it happened."""
-        wait_s = 0.02
+        wait_s = _PAUSE_FIRST_S
         while True:
             try:
                 record = self._store.read_head(Deadline(min(deadline.left(), self._timeout_s / 4)))
@@ -172,13 +172,13 @@ class StoredCatalog:
                     self.safe_url,
                     f"publishing version {encoded.head.version} was not answered ({error.reason})",
                 ) from error
-            threading.Event().wait(wait_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
-            wait_s = min(0.25, wait_s * 2)
+            time.sleep(wait_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            wait_s = min(_PAUSE_MAX_S, wait_s * 2)
 
     def _lost(self, encoded: Encoded, expected: int | None, deadline: Deadline) -> None:
         record = self._store.read_head(deadline)
         head = None if record is None else unpack(record.data)
-        if head is not None and (head.version, head.nonce) == (encoded.head.version, encoded.head.nonce):
+        if head is not None and _is(head, encoded.head):
             return
         self._drop_attempt(encoded)
         raise Conflict(expected, None if head is None else head.version)
@@ -238,7 +238,7 @@ class StoredCatalog:
             if until.passed():
                 return None
             step_s = min(_LEASE_POLL_S, ttl_s / 4) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
-            threading.Event().wait(until.left(step_s))
+            time.sleep(until.left(step_s))
 
     def after_fork(self) -> None:
         """In a forked child: the parent's connections, watches and leases are not ours."""
@@ -277,9 +277,9 @@ def _check_cluster(head: Head | None, topology: Topology) -> None:
         )
 
 
-def _is(head: Head, topology: Topology) -> bool:
-    return (head.version, head.nonce) == (topology.version, topology.nonce)
+def _is(head: Head, wanted: Topology | Head) -> bool:
+    return (head.version, head.nonce) == (wanted.version, wanted.nonce)
 
 
-def _same(one: Head, other: Head) -> bool:
-    return (one.version, one.nonce, one.cluster_id) == (other.version, other.nonce, other.cluster_id)
+def _same(head: Head, other: Topology | Head) -> bool:
+    return _is(head, other) and head.cluster_id == other.cluster_id

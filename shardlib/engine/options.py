@@ -8,6 +8,7 @@ from pathlib import Path
 from shardlib.errors import InvalidArgument
 from shardlib.route.consistency import Consistency
 from shardlib.route.retry import RetryPolicy
+from shardlib.token import hash_of
 
 __all__ = ["EngineOptions"]
 
@@ -37,5 +38,5 @@ class EngineOptions:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 86_400:
                 raise InvalidArgument(name, value, "seconds, more than 0 and at most a day")
-        if self.hash_function not in (None, "murmur3", "xxhash"):
-            raise InvalidArgument("hash_function", self.hash_function, "'murmur3' or 'xxhash'")
+        if self.hash_function is not None:
+            hash_of(self.hash_function)

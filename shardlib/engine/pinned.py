@@ -12,14 +12,12 @@ from shardlib.errors import ShardKeyMismatch, ShardUnavailable, StaleTopology
 from shardlib.fence.connection import lock_gates, start
 from shardlib.fence.verdict import GateClosed, lost_connection
 from shardlib.route.needs import Scope
-from shardlib.session.core import Core, as_sqlalchemy
+from shardlib.session.core import DEAD_MAX, Core, as_sqlalchemy
 from shardlib.session.statements import keyless_write, pinned_needs
 from shardlib.shard import ShardConnection
 from shardlib.topology import Topology
 
 __all__ = ["PinnedEngine", "connect_pinned"]
-
-_DEAD_MAX = 64
 
 
 def connect_pinned(core: Core, key: bytes) -> ShardConnection:
@@ -105,7 +103,7 @@ def _begin(core: Core, key: bytes, conn: Connection) -> Topology:
             if not lost_connection(error):
                 raise
             dead += 1
-            if dead > _DEAD_MAX:
+            if dead > DEAD_MAX:
                 raise ShardUnavailable(place.shard.name, "its connections are lost as they begin") from error
             _move(conn, core.pools.engine(place.shard.id))
         else:

@@ -10,7 +10,6 @@ text is thrown away. It is done once for each structure of statement; see `extra
 # ruff: noqa: SLF001
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,16 +96,14 @@ class Trace:
         return self._index.get(parameter)
 
 
-def trace(statement: ClauseElement, cache_key: CacheKey | None, column_keys: Sequence[str] = ()) -> Trace:
+def trace(statement: ClauseElement, cache_key: CacheKey | None) -> Trace:
     """Compile a statement and return its SELECTs as rendered.
 
     Args:
         statement: a SELECT, a UNION or the like; compiled, never run.
         cache_key: the key under which the result will be kept; its parameters can then be found by position.
-        column_keys: names of the parameters given at execution.
 
     Raises:
         sqlalchemy.exc.SQLAlchemyError: the statement does not compile; running it would raise the same.
     """
-    compiler = _Tracer(_DIALECT, statement, cache_key=cache_key, column_keys=list(column_keys) or None)
-    return Trace(compiler, cache_key)
+    return Trace(_Tracer(_DIALECT, statement, cache_key=cache_key), cache_key)

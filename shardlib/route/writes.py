@@ -42,7 +42,7 @@ def written(statement: UpdateBase, parameters: Parameters, describe: Describe) -
         raise UnsupportedOperation(f"a {type(statement).__name__} cannot be routed", "use insert, update or delete")
     many = parameters is not None and not isinstance(parameters, Mapping)
     if many and isinstance(statement, Update) and target.mapped and not statement._where_criteria:
-        return _by_primary_key(statement, target, sets_of(parameters), describe)
+        return _by_primary_key(statement, target, sets_of(parameters))
     return _changed(statement, target, parameters, describe)
 
 
@@ -118,9 +118,8 @@ def _is_parameter(cache_key: CacheKey | None, name: str) -> bool:
     return cache_key is not None and any(parameter.key == name for parameter in cache_key.bindparams)
 
 
-def _by_primary_key(statement: Update, target: Target, sets: Sequence[Given], describe: Describe) -> Needs:
+def _by_primary_key(statement: Update, target: Target, sets: Sequence[Given]) -> Needs:
     """The ORM's bulk UPDATE: each parameter set names its row by primary key, which holds the shard key."""
-    del describe
     rows: dict[bytes, list[int]] = {}
     for index, given in enumerate(sets):
         rows.setdefault(key_of_row(target, given, {}, "a parameter set"), []).append(index)

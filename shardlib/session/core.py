@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import psycopg
@@ -23,13 +23,15 @@ from shardlib.token import hash_of
 from shardlib.topology import Shard, Status, Topology
 from shardlib.waits import Waiter, Waits
 
-__all__ = ["Core", "Needed", "as_sqlalchemy"]
+__all__ = ["DEAD_MAX", "Core", "Needed", "as_sqlalchemy"]
 
 Needed = dict[str, tuple[int, ...]]
 """Shard id -> numbers of the gates a transaction must hold there."""
 
-_FIRST_PAUSE_S = 0.02
-_LONGEST_PAUSE_S = 0.25
+DEAD_MAX: Final = 64
+"""How many dead connections of a pool are passed over for one transaction: a restarted server leaves a pool full."""
+_PAUSE_FIRST_S: Final = 0.02
+_PAUSE_MAX_S: Final = 0.25
 
 
 @dataclass(slots=True)
@@ -98,9 +100,13 @@ class Core:
                 "correct the model, or create a new table with the new key and copy the rows",
             )
 
-    def refresh(self, newer_than: int | None = None, timeout_s: float = 3.0) -> Topology:
-        """Ask the catalog now. Blocks; the asyncio side calls it through `waits.call`."""
-        return self.cache.refresh(newer_than=newer_than, timeout_s=timeout_s)
+    def refresh(self, timeout_s: float = 3.0) -> Topology:
+        """Ask the catalog now. Blocks, for `timeout_s` seconds at most; the asyncio side calls it by `waits.call`.
+
+        Raises:
+            CatalogUnavailable: no answer in time.
+        """
+        return self.cache.refresh(timeout_s=timeout_s)
 
     def newer(self, topology: Topology, closed: GateClosed, shard: str, deadline: float, attempt: int) -> Topology:
         """The topology that a refused transaction should try next.
@@ -122,7 +128,7 @@ class Core:
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise StaleTopology(shard, closed.gates[0], topology.version)
-        pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt, remaining) * random.uniform(0.5, 1.0)  # noqa: S311
+        pause = min(_PAUSE_MAX_S, _PAUSE_FIRST_S * 2**attempt, remaining) * random.uniform(0.5, 1.0)  # noqa: S311
         # Not a call in a thread: a crowd that waits would take turns in the few threads of an event loop.
         waiter = self.waits.waiter()
         self._waiting.add(waiter)
@@ -155,7 +161,7 @@ class Core:
         if shard.status is Status.INACTIVE:
             raise ShardUnavailable(shard.name, "its status is inactive")
         engine = self.pools.engine(shard.id)
-        for _ in range(_DEAD_MAX):
+        for _ in range(DEAD_MAX):
             conn = engine.connect()
             try:
                 if options:
@@ -173,11 +179,7 @@ class Core:
                 raise
             conn.shard = shard
             return conn
-        raise ShardUnavailable(shard.name, f"{_DEAD_MAX} connections in turn were lost as they began a transaction")
-
-
-# How many dead connections of a pool are passed over for one transaction: a restarted server leaves a pool full.
-_DEAD_MAX = 64
+        raise ShardUnavailable(shard.name, f"{DEAD_MAX} connections in turn were lost as they began a transaction")
 
 
 @contextmanager

@@ -202,9 +202,9 @@ class Unit:
             reads = [leg for shard_id, leg in self.legs.items() if shard_id not in self.writes]
             for leg in (*failed, *reads):
                 leg.connection._commit_impl()  # noqa: SLF001 - keeps SQLAlchemy's errors; its own call finds nothing to do
-            for leg in failed:
+            if failed:
                 raise UnsupportedOperation(
-                    f"the transaction on shard {leg.shard.name!r} has ended already",
+                    f"the transaction on shard {failed[0].shard.name!r} has ended already",
                     "end it by the session alone: session.commit() or session.rollback()",
                 )
             if self.prepare is not None:

@@ -8,6 +8,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from shardlib.dsn import Dsn, scrub
+from shardlib.fence.verdict import lost_connection
 from shardlib.shard.options import PoolOptions
 
 __all__ = ["conninfo_of", "explain", "jittered_lifetime_s", "lost"]
@@ -64,10 +65,7 @@ def explain(error: BaseException, dsn: Dsn, conninfo: str = "") -> tuple[str, bo
 
 def lost(error: BaseException) -> bool:
     """Whether an error means that the connection broke under a statement (also as SQLAlchemy wraps it)."""
-    error = getattr(error, "orig", None) or error
-    if not isinstance(error, psycopg.OperationalError):
-        return False
-    return error.sqlstate is None or error.sqlstate.startswith(("08", "57P"))
+    return lost_connection(getattr(error, "orig", None) or error)
 
 
 def jittered_lifetime_s(max_lifetime_s: float, jitter: float) -> float:

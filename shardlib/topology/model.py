@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
@@ -96,7 +95,7 @@ class Topology:
 
     Invariants, checked at construction: names and ids are unique; every owner in the ring is a shard; every shard
     that owns tokens has one default gate; gates with ranges belong to the owner of those ranges and do not overlap;
-    no gate or shard number is at or past the next free one.
+    no gate number is at or past the next free one.
 
     Raises:
         InvalidTopology: an invariant does not hold.
@@ -152,8 +151,13 @@ class Topology:
 
     def _check_gates(self, special: list[tuple[int, int, Gate]]) -> None:
         numbers = [gate.number for gate in self.gates]
-        if len(set(numbers)) != len(numbers) or max(numbers, default=0) >= self.next_gate:
+        if len(set(numbers)) != len(numbers):
             raise InvalidTopology(f"topology {self.version}: a gate number is used twice", _RESTORE)
+        if max(numbers, default=0) >= self.next_gate:
+            raise InvalidTopology(
+                f"topology {self.version}: gate {max(numbers)} is not below the next free number {self.next_gate}",
+                _RESTORE,
+            )
         defaults = sum(1 for gate in self.gates if not gate.ranges)
         if defaults != len(self._default):
             raise InvalidTopology(f"topology {self.version}: a shard has two default gates", _RESTORE)
@@ -229,8 +233,3 @@ class Topology:
 
 
 _RESTORE = "the catalog's content is damaged; restore it, or publish a right one with a higher version"
-
-
-def next_free(used: Iterable[int]) -> int:
-    """One past the highest number, or 1."""
-    return max(used, default=0) + 1

@@ -1,9 +1,8 @@
 """The sections a stored topology is cut into, and how each becomes bytes and back. Pure.
 
-A section is a set of numbered buckets, each a string of bytes that depends on its own content alone: virtual
-nodes
-by the first bits of their token, shards and gates by number, moves by job. `codec.py` names buckets by
-digest.
+A section is a set of numbered buckets, each a string of bytes that depends on its own content alone: virtual nodes
+by the first bits of their token, shards by their numbers and gates by those of their shards; order, moves and tables
+are one bucket each. `codec.py` names buckets by digest.
 """
 
 from __future__ import annotations
@@ -29,13 +28,14 @@ from shardlib.topology.model import Gate, Move, MoveState, Shard, Status, Table,
 __all__ = ["NAMES", "RING_BITS_MAX", "Name", "Number", "Reader", "Text", "read_as", "ring_bits", "write"]
 
 RING_BITS_MAX: Final = 16
-VNODES_MAX: Final = 1 << 26
+RING_VNODES_MAX: Final = 1 << 26
 WAY_OUT: Final = "the catalog's content is damaged or not of shardlib; restore it, or name another catalog"
 NAMES: Final = ("gates", "moves", "order", "ring", "shards", "tables")
 _VNODES_PER_BUCKET: Final = 8192
 _VNODE_BYTES: Final = 12
 _SHARDS_PER_BUCKET: Final = 256
-_GATES_PER_BUCKET: Final = 1024
+_GATE_SHARDS_PER_BUCKET: Final = 1024
+"""The gates of so many shards are in one bucket."""
 _UINT32: Final = next(code for code in "IL" if array(code).itemsize == 4)
 _rings: WeakValueDictionary[bytes, Ring] = WeakValueDictionary()
 """Rings that live in this process, by the digest of their content: several clients of a cluster share one."""
@@ -130,11 +130,13 @@ def write(topology: Topology) -> dict[str, dict[int, bytes]]:
     tables = [_Table(table.name, list(table.key), table.schema) for table in topology.tables]
     order = _Order(list(numbers.values()), [numbers[owner] for owner in topology.ring.shard_ids])
     return {
-        "gates": _packed(gates, lambda gate: gate.shard // _GATES_PER_BUCKET),
+        "gates": _packed(gates, lambda gate: gate.shard // _GATE_SHARDS_PER_BUCKET),
         "moves": {0: msgspec.msgpack.encode(moves)} if moves else {},
         "order": {0: msgspec.msgpack.encode(order)},
         "ring": _write_ring(topology.ring, order.ring),
-        "shards": _packed(sorted(shards, key=lambda shard: shard.number), lambda shard: shard.number // 256),
+        "shards": _packed(
+            sorted(shards, key=lambda shard: shard.number), lambda shard: shard.number // _SHARDS_PER_BUCKET
+        ),
         "tables": {0: msgspec.msgpack.encode(tables)} if tables else {},
     }
 
@@ -152,8 +154,8 @@ def _pairs(ranges: Iterable[TokenRange]) -> list[Pair]:
 
 def _write_ring(ring: Ring, numbers: list[int]) -> dict[int, bytes]:
     tokens = ring.tokens
-    if len(tokens) > VNODES_MAX:
-        raise InvalidTopology(f"a ring of {len(tokens)} virtual nodes", f"the limit is {VNODES_MAX}")
+    if len(tokens) > RING_VNODES_MAX:
+        raise InvalidTopology(f"a ring of {len(tokens)} virtual nodes", f"the limit is {RING_VNODES_MAX}")
     owners = array(_UINT32, map(numbers.__getitem__, ring.owners))
     cuts = _cuts(tokens, ring_bits(len(tokens)))
     return {
@@ -245,7 +247,7 @@ class Reader:
         found: list[Gate] = []
         same = self._same["gates"]
         if self._known is not None and same:
-            found += [gate for gate in self._known.gates if number_of(gate.shard_id) // _GATES_PER_BUCKET in same]
+            found += [gate for gate in self._known.gates if number_of(gate.shard_id) // _GATE_SHARDS_PER_BUCKET in same]
         for bucket in self._buckets["gates"]:
             if bucket not in same:
                 found += [
@@ -299,7 +301,7 @@ class Reader:
                 continue
             data = self._raw("ring", bucket)
             count, rest = divmod(len(data), _VNODE_BYTES)
-            if rest or len(tokens) + count > VNODES_MAX:
+            if rest or len(tokens) + count > RING_VNODES_MAX:
                 raise InvalidTopology(f"bucket {bucket} of the ring has {len(data)} bytes", WAY_OUT)
             tokens.extend(_from_little("Q", data[: count * 8]))
             owners.extend(array(_UINT32, map(index.__getitem__, _from_little(_UINT32, data[count * 8 :]))))

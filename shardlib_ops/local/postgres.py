@@ -45,7 +45,6 @@ _SETTINGS: Final[Mapping[str, str]] = {
     "unix_socket_permissions": "0700",
     "log_line_prefix": "%m [%p] %a ",
 }
-_FAST: Final[Mapping[str, str]] = {"fsync": "off", "full_page_writes": "off"}
 
 
 @dataclass(frozen=True, slots=True)

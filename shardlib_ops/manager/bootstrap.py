@@ -16,6 +16,7 @@ from shardlib.catalog.base import Catalog, Conflict
 from shardlib.dsn import Dsn, scrub
 from shardlib.errors import InvalidArgument, InvalidTopology, ShardUnavailable, UnsupportedOperation
 from shardlib.fence.gate import install, open_gate
+from shardlib.ring.build import VNODES_MAX
 from shardlib.token import hash_of
 from shardlib.topology import Shard, Topology
 from shardlib.topology.change import initial
@@ -25,7 +26,7 @@ __all__ = ["NewShard", "create_cluster", "create_cluster_async"]
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
 _ID: Final = re.compile(r"s[0-9]+")
 _OLDEST: Final = 15
-_VNODES_MAX: Final = 65_536
+"""The least major version of PostgreSQL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ class NewShard:
             raise InvalidArgument("name", self.name, "a letter, then letters, digits, _ . -, 63 characters at most")
         if _ID.fullmatch(self.name):
             raise InvalidArgument("name", self.name, "names like s1 are the ids that shards get by themselves")
-        if not 1 <= self.vnode_count <= _VNODES_MAX:
-            raise InvalidArgument("vnode_count", self.vnode_count, f"1 to {_VNODES_MAX} virtual nodes")
+        if not 1 <= self.vnode_count <= VNODES_MAX:
+            raise InvalidArgument("vnode_count", self.vnode_count, f"1 to {VNODES_MAX} virtual nodes")
 
 
 def create_cluster(
