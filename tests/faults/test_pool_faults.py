@@ -82,7 +82,7 @@ def test_a_restart_under_idle_connections_is_not_noticed(make: Make, servers: tu
 
 
 def test_the_breaker_opens_and_closes(make: Make, servers: tuple[LocalServer, LocalServer]) -> None:
-    client = make(breaker_failures=3, breaker_wait_s_first=0.2, breaker_wait_s_max=0.4)
+    client = make(breaker_failures=3, breaker_wait_s_first=2.0, breaker_wait_s_max=2.0)
 
     def state() -> str:
         return client.pools.stats()[0].breaker
@@ -97,15 +97,10 @@ def test_the_breaker_opens_and_closes(make: Make, servers: tuple[LocalServer, Lo
         began = time.monotonic()
         with pytest.raises(ShardUnavailable, match="3 attempts failed in a row"):
             client.pid("s1")
-        assert time.monotonic() - began < 0.05, "at once"
+        assert time.monotonic() - began < 0.5, "at once: the first new attempt is a second away or more"
         client.pid("s2")
         servers[0].start()
-        for _ in range(200):
-            try:
-                client.pid("s1")
-                break
-            except ShardUnavailable:
-                client.waits.sleep(0.02)
+        client.eventually(lambda: client.pid("s1"), 20, "the server is asked again", ignore=(ShardUnavailable,))
         assert state() == "closed"
         client.pid("s1")
 
@@ -236,15 +231,9 @@ def test_kills_under_load_lose_no_permit(
         assert most[0] <= 6
         assert outcomes["done"] > 100
         assert outcomes["lost"] + outcomes["unavailable"] > 0, "the kills were felt"
-        for _ in range(100):
-            try:
-                client.pid("s1")
-                client.pid("s2")
-                break
-            except ShardUnavailable:
-                client.waits.sleep(0.05)
-        else:
-            raise AssertionError("the breaker did not close again")
+        client.eventually(
+            lambda: client.pid("s1") and client.pid("s2"), 20, "the breakers close again", ignore=(ShardUnavailable,)
+        )
 
     client.run(body)
 

@@ -17,6 +17,7 @@ from shardlib_ops import LocalCluster
 from tests.support.facade import AsyncFacade, SyncFacade
 from tests.support.faults import Proxy
 from tests.support.models import Base, Customer
+from tests.support.shop import one_key_a_shard
 
 pytestmark = pytest.mark.fault
 
@@ -60,12 +61,7 @@ def facade(request: pytest.FixtureRequest, proxied: tuple[LocalCluster, list[Pro
 @pytest.fixture
 def keys(facade: Any) -> list[str]:
     """A tenant of each shard, in the order of the shards: the second one decides."""
-    found: dict[str, str] = {}
-    number = 0
-    while len(found) < 2:
-        found.setdefault(facade.core.shard_for(f"t{number}").id, f"t{number}")
-        number += 1
-    return [found[shard_id] for shard_id in sorted(found)]
+    return [key for _, key in sorted(one_key_a_shard(facade.core).items())]
 
 
 def rows(cluster: LocalCluster) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
@@ -68,6 +67,16 @@ class Operator:
         for conn in self._connections.values():
             conn.close()
         self.catalog.close()
+
+    def give_own_gate(self, facade: Any, key: str) -> tuple[str, Topology]:
+        """A key gets a gate of its own, and the facade knows: its shard's id, and the topology. Old gates stay open."""
+        shard_id, token = facade.core.shard_for(key).id, facade.core.token(key)
+        own = give_gate(self.catalog.load(), shard_id, (TokenRange(token, token),), nonce=uuid4().hex)
+        for number in own.gates_of(shard_id):
+            open_gate(self.on(shard_id), number)
+        self.publish(own)
+        facade.core.refresh()
+        return shard_id, own
 
 
 @pytest.fixture
@@ -230,13 +239,7 @@ def test_a_moved_key_is_followed_to_its_new_shard(facade: Any, keys: list[str], 
 
 
 def test_a_scan_holds_all_gates_of_each_shard(facade: Any, keys: list[str], operator: Operator) -> None:
-    source = facade.core.shard_for(keys[0]).id
-    token = facade.core.token(keys[0])
-    own = give_gate(operator.catalog.load(), source, (TokenRange(token, token),), nonce=uuid4().hex)
-    for number in own.gates_of(source):
-        open_gate(operator.on(source), number)
-    operator.publish(own)
-    facade.core.refresh()
+    source, own = operator.give_own_gate(facade, keys[0])
 
     def body(s: Any) -> None:
         s.scalars(select(Customer)).all()
@@ -263,13 +266,7 @@ def test_a_scan_holds_all_gates_of_each_shard(facade: Any, keys: list[str], oper
 def test_a_gate_taken_inside_a_savepoint_is_taken_again_after_it(
     facade: Any, keys: list[str], operator: Operator
 ) -> None:
-    source = facade.core.shard_for(keys[0]).id
-    token = facade.core.token(keys[0])
-    own = give_gate(operator.catalog.load(), source, (TokenRange(token, token),), nonce=uuid4().hex)
-    for number in own.gates_of(source):
-        open_gate(operator.on(source), number)
-    operator.publish(own)
-    facade.core.refresh()
+    source, own = operator.give_own_gate(facade, keys[0])
     second = next(f"other-{n}" for n in range(1000) if facade.core.shard_for(f"other-{n}").id == source)
     default = own.default_gate(source)
 
@@ -383,14 +380,18 @@ def test_a_shard_without_the_schema_and_a_newer_one(
         conn.execute("UPDATE shardlib.control SET schema_version = 1, shard_id = %s", (shard.id,))
 
 
-def test_an_idle_transaction_is_ended_by_the_server(shop: LocalCluster, keys: list[str], facade: Any) -> None:
+def test_an_idle_transaction_is_ended_by_the_server(
+    shop: LocalCluster, keys: list[str], facade: Any, operator: Operator
+) -> None:
     """A client that stops in the middle of a transaction cannot hold a gate for ever."""
     made = type(facade)(shop.url, idle_in_transaction_timeout_s=0.2)
     try:
 
         def body(s: Any) -> None:
-            s.execute(text("SELECT 1"))
-            time.sleep(0.6)
+            pid = s.scalar(text("SELECT pg_backend_pid()"))
+            ask = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s"
+            on = operator.on(facade.core.shard_for(keys[0]).id)
+            eventually(lambda: on.execute(ask, (pid,)).fetchone() == (0,), 20, "the server ends the session")
             s.execute(text("SELECT 1"))
 
         with pytest.raises(DBAPIError, match="idle-in-transaction"):
@@ -403,20 +404,12 @@ def test_what_was_written_before_a_refusal_is_not_committed_as_nothing(
     facade: Any, keys: list[str], operator: Operator
 ) -> None:
     """A transaction that needs one more gate and is refused has failed: its commit() says so."""
-    shard = facade.core.shard_for(keys[0])
-    moving = give_gate(
-        operator.catalog.load(), shard.id, (TokenRange(facade.core.token(keys[0]), facade.core.token(keys[0])),),
-        nonce=uuid4().hex,
-    )  # fmt: skip
-    for number in moving.gates_of(shard.id):
-        open_gate(operator.on(shard.id), number)
-    operator.publish(moving)
-    facade.core.refresh()
+    shard_id, moving = operator.give_own_gate(facade, keys[0])
 
     def body(s: Any) -> None:
         s.add(Customer(tenant_id=keys[0], id=1, name="x"))
         s.flush()
-        assert operator.close(shard.id, moving.default_gate(shard.id))
+        assert operator.close(shard_id, moving.default_gate(shard_id))
         with pytest.raises(errors.StaleTopology):
             s.execute(select(Customer)).all()
         with pytest.raises(DBAPIError, match="failed"):
@@ -427,18 +420,12 @@ def test_what_was_written_before_a_refusal_is_not_committed_as_nothing(
 
 
 def test_a_core_scan_holds_all_gates_of_its_shard(facade: Any, keys: list[str], operator: Operator) -> None:
-    shard = facade.core.shard_for(keys[0])
-    token = facade.core.token(keys[0])
-    moving = give_gate(operator.catalog.load(), shard.id, (TokenRange(token, token),), nonce=uuid4().hex)
-    for number in moving.gates_of(shard.id):
-        open_gate(operator.on(shard.id), number)
-    operator.publish(moving)
-    facade.core.refresh()
+    shard_id, moving = operator.give_own_gate(facade, keys[0])
 
     def body(conn: Any) -> None:
         conn.execute(select(Customer).where(Customer.tenant_id == keys[0]))
-        assert not holders(operator.on(shard.id), moving.default_gate(shard.id))
+        assert not holders(operator.on(shard_id), moving.default_gate(shard_id))
         conn.execute(select(Customer)).all()
-        assert len(holders(operator.on(shard.id), moving.default_gate(shard.id))) == 1
+        assert len(holders(operator.on(shard_id), moving.default_gate(shard_id))) == 1
 
     facade.connect(body, keys[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,21 @@ class Client:
         """Idle, in use, waiting."""
         it = next(stats for stats in self.pools.stats() if stats.shard == shard_id)
         return it.idle, it.in_use, it.waiting
+
+    def eventually(
+        self, condition: Callable[[], object], within_s: float, what: str, *, ignore: tuple[type[Exception], ...] = ()
+    ) -> None:
+        """Ask until the answer is true; as `tests.support.eventually`, and other tasks of the loop go on meanwhile."""
+        deadline = time.monotonic() + within_s
+        while True:
+            try:
+                if condition():
+                    return
+            except ignore:
+                pass  # not yet
+            if time.monotonic() >= deadline:
+                raise AssertionError(f"not within {within_s:g} s: {what}")
+            self.waits.sleep(0.02)
 
     def side_by_side(self, calls: list[Callable[[], Any]]) -> None:
         """Run each call in a thread or task of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -40,12 +41,17 @@ def facade(request: pytest.FixtureRequest, shop: LocalCluster) -> Iterator[Any]:
     made.close()
 
 
+def one_key_a_shard(engine: ShardedEngine) -> dict[str, str]:
+    """Shard id -> a key that it owns, in the order of the keys."""
+    found: dict[str, str] = {}
+    numbers = itertools.count()
+    while len(found) < len(engine.topology.owners()):
+        key = f"tenant-{next(numbers)}"
+        found.setdefault(engine.shard_for(key).id, key)
+    return found
+
+
 @pytest.fixture
 def keys(facade: Any) -> list[str]:
     """Three tenants, each on another shard."""
-    found: dict[str, str] = {}
-    number = 0
-    while len(found) < 3:
-        found.setdefault(facade.core.shard_for(f"tenant-{number}").id, f"tenant-{number}")
-        number += 1
-    return list(found.values())
+    return list(one_key_a_shard(facade.core).values())

@@ -211,9 +211,13 @@ def test_readable(facade: Facade) -> None:
 
 def test_cancelled_caller_cancels_its_children_and_waits_for_them() -> None:
     waits = GreenletWaits()
-    cleaned = []
+    begun, cleaned = [], []
+    all_begun = asyncio.Event()
 
     def call(i: int) -> None:
+        begun.append(i)
+        if len(begun) == 5:
+            all_begun.set()
         try:
             waits.sleep(30)
         except asyncio.CancelledError:
@@ -224,7 +228,7 @@ def test_cancelled_caller_cancels_its_children_and_waits_for_them() -> None:
     async def main() -> None:
         calls = [partial(call, i) for i in range(5)]
         task = asyncio.create_task(greenlet_spawn(waits.run_all, calls))
-        await asyncio.sleep(0.02)
+        await all_begun.wait()
         task.cancel()
         await asyncio.sleep(0.02)
         task.cancel()  # an impatient caller
