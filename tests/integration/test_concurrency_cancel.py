@@ -168,7 +168,6 @@ async def test_cancelled_again_while_it_cleans_up(
         if not cancelling.fired:
             break
         assert task.cancelled(), f"suspension {at}: {task.exception()!r}"
-        await asyncio.to_thread(engine.sync_engine.settle, older_than_s=0)
         await asyncio.to_thread(assert_quiet, engine.sync_engine, shop.servers)
         there = await asyncio.to_thread(rows_named, shop, note.name)
         assert there in ((0, whole) if note.committing else (0,)), f"suspension {at}: {there} rows"
@@ -190,7 +189,6 @@ async def test_a_storm_of_cancellations(
     strange = [r for r in results if r is not None and not isinstance(r, asyncio.CancelledError)]
     assert strange == []
     assert sum(isinstance(r, asyncio.CancelledError) for r in results) > 20
-    await asyncio.to_thread(engine.sync_engine.settle, older_than_s=0)
     await asyncio.to_thread(assert_quiet, engine.sync_engine, shop.servers)
     for note in notes:
         if note.committed or not note.committing:
