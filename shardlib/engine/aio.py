@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from inspect import isawaitable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -15,7 +17,7 @@ from sqlalchemy.util import greenlet_spawn
 from shardlib.engine.bulk import BulkProgress, BulkResult, bulk_load
 from shardlib.engine.engine import _NO_KEY, ShardedEngine
 from shardlib.engine.pinned import PinnedEngine
-from shardlib.errors import ShardKeyRequired
+from shardlib.errors import InvalidArgument, ShardKeyRequired
 from shardlib.key import encode_key
 from shardlib.route.consistency import Consistency
 from shardlib.route.retry import next_wait
@@ -93,6 +95,12 @@ class AsyncShardedEngine:
         pinned: Engine = PinnedEngine(self.sync_engine._core, encode_key(shard_key))  # noqa: SLF001 - its own inside
         return AsyncEngine(pinned).connect()
 
+    @asynccontextmanager
+    async def begin(self, shard_key: object = _NO_KEY) -> AsyncIterator[AsyncConnection]:
+        """A Core connection in a transaction, committed at the end of the block; see `connect`."""
+        async with self.connect(shard_key) as conn, conn.begin():
+            yield conn
+
     async def run(
         self, work: Callable[[AsyncShardedSession], Awaitable[T]], *, shard_key: object = _NO_KEY, **options: Any
     ) -> T:
@@ -103,7 +111,10 @@ class AsyncShardedEngine:
             session = self.session(shard_key, **options)
             try:
                 async with session:
-                    answer = await work(session)
+                    running = work(session)
+                    if not isawaitable(running):
+                        raise InvalidArgument("work", work, "a coroutine function; a plain one needs ShardedEngine.run")
+                    answer = await running
                     await session.commit()
                     return answer
             except Exception as error:

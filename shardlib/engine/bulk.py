@@ -272,9 +272,7 @@ class _Load:
             self._core.waits.run_all([partial(begin, shard, gates) for shard, gates in fresh])
             if refusals:
                 return refusals[0]
-            legs = [
-                CopyLeg(shard, *begun.pop(shard.id), self._command, self._stall_timeout_s) for shard, _ in fresh
-            ]
+            legs = [CopyLeg(shard, *begun.pop(shard.id), self._command, self._stall_timeout_s) for shard, _ in fresh]
         finally:
             for conn, _ in begun.values():
                 conn.close()

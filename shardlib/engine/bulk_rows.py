@@ -184,9 +184,7 @@ class _RowContext:
 
     def get_current_parameters(self, isolate_multiinsert_groups: bool = True) -> dict[str, Any]:
         """The values of the row so far, by `Column.key`."""
-        return {
-            column.key: values[self._row] for column, values in zip(self._columns, self._values, strict=False)
-        }
+        return {column.key: values[self._row] for column, values in zip(self._columns, self._values, strict=False)}
 
     @property
     def current_parameters(self) -> dict[str, Any]:

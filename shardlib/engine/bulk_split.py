@@ -103,9 +103,7 @@ class Splitter:
         known.update(new)
         return [new[value] if slot is None else slot for value, slot in zip(column, found, strict=True)]
 
-    def _find(
-        self, topology: Topology, keys: Sequence[Sequence[Any]], numbers: Sequence[int]
-    ) -> list[_Slot]:
+    def _find(self, topology: Topology, keys: Sequence[Sequence[Any]], numbers: Sequence[int]) -> list[_Slot]:
         slots, found = self._slots, list[_Slot]()
         tokens = map(hash_of(topology.hash_function), map(self._spec.encode, zip(*keys, strict=True)))
         try:

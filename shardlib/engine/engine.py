@@ -6,7 +6,10 @@ import os
 import random
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from inspect import iscoroutine
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -21,7 +24,14 @@ from shardlib.engine.bulk import BulkProgress, BulkResult, bulk_load
 from shardlib.engine.options import EngineOptions
 from shardlib.engine.pinned import connect_pinned
 from shardlib.engine.schema import SchemaChange
-from shardlib.errors import CatalogUnavailable, CommitOutcomeUnknown, InvalidArgument, InvalidTopology, ShardKeyRequired
+from shardlib.errors import (
+    CatalogUnavailable,
+    CommitOutcomeUnknown,
+    InvalidArgument,
+    InvalidTopology,
+    ShardKeyRequired,
+    UnsupportedOperation,
+)
 from shardlib.fence.connection import AsyncFencedConnection, FencedConnection, UnknownCommit, drive
 from shardlib.fence.gate import check_control
 from shardlib.fence.sql import READ_CONTROL
@@ -105,7 +115,10 @@ class ShardedEngine:
         self.consistency = self.options.consistency
         for name, value in options.items():
             if name not in _POOL_NAMES:
-                raise InvalidArgument(name, value, f"the options of the pools are {', '.join(sorted(_POOL_NAMES))}")
+                known = sorted(_POOL_NAMES | (set(EngineOptions.__dataclass_fields__) | {"echo"}))
+                near = get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise InvalidArgument(name, value, f"{hint}the options are {', '.join(known)}")
         pool_options = PoolOptions(**options)
         self._catalog: Catalog = open_catalog(url, timeout_s=catalog_timeout_s)
         self._cache = TopologyCache(self._catalog, file=self.options.topology_file, poll_s=poll_s)
@@ -242,6 +255,20 @@ class ShardedEngine:
             )
         return connect_pinned(self._core, encode_key(shard_key))
 
+    @contextmanager
+    def begin(self, shard_key: object = _NO_KEY) -> Iterator[ShardConnection]:
+        """A Core connection in a transaction, committed at the end of the block; see `connect`."""
+        conn = self.connect(shard_key)
+        with conn, conn.begin():
+            yield conn
+
+    def _run_ddl_visitor(self, *args: object, **kw: object) -> None:
+        # What MetaData.create_all and drop_all call on the engine that they are given.
+        raise UnsupportedOperation(
+            "metadata.create_all and drop_all work on one database",
+            "use engine.create_all(metadata) and engine.drop_all(metadata), which know of every shard",
+        )
+
     def run(self, work: Callable[[ShardedSession], T], *, shard_key: object = _NO_KEY, **options: Any) -> T:
         """Run a whole unit of work in a session of its own, commit it, and run it again when that is safe.
 
@@ -261,6 +288,11 @@ class ShardedEngine:
             try:
                 with session:
                     answer = work(session)
+                    if iscoroutine(answer):
+                        answer.close()
+                        raise InvalidArgument(
+                            "work", work, "a plain function; a coroutine function needs AsyncShardedEngine.run"
+                        )
                     session.commit()
                     return answer
             except Exception as error:
@@ -384,6 +416,7 @@ class ShardedEngine:
     def dispose(self) -> None:
         """Close every connection, the watch and the catalog. Idempotent; the engine cannot be used afterwards."""
         _engines.discard(self)
+        self._core.closed = True
         self._settler.stop()
         self._cache.close()
         self._core.pools.dispose()

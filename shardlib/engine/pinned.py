@@ -26,6 +26,7 @@ def connect_pinned(core: Core, key: bytes) -> ShardConnection:
     Raises:
         ShardUnavailable, PoolTimeout: no connection could be had.
     """
+    core.check_open()
     shard = core.cache.current.place(core.token(key)).shard
     conn = core.pools.engine(shard.id).connect()
     conn.shard, conn.pinned = shard, True

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from uuid import uuid4
 
 import psycopg
-from sqlalchemy import Connection, MetaData, create_engine
+from sqlalchemy import Connection, ForeignKeyConstraint, MetaData, create_engine
+from sqlalchemy import Table as SaTable
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
@@ -15,7 +16,7 @@ from shardlib.catalog import Catalog, Conflict, TopologyCache
 from shardlib.dsn import scrub
 from shardlib.errors import InvalidTopology, ShardUnavailable
 from shardlib.fence.gate import install, open_gate
-from shardlib.key.declare import describe
+from shardlib.key.declare import KeySpec, describe
 from shardlib.topology import Shard, Table, Topology
 from shardlib.topology.change import forget_tables, record_tables
 
@@ -123,11 +124,33 @@ def records(metadata: MetaData) -> list[Table]:
     Raises:
         ShardKeyRequired: a table declares neither a shard key nor that it is a reference table.
         InvalidShardKey: a column cannot be a shard key.
+        InvalidTopology: a foreign key could refer to a row on another shard.
     """
     found = []
     for table in metadata.sorted_tables:
         spec = describe(table)
+        for constraint in table.foreign_key_constraints:
+            _check_reference(table, spec, constraint)
         # SQLAlchemy's quoted_name is a str that only it can encode.
         schema = None if table.schema is None else str(table.schema)
         found.append(Table(name=str(table.name), key=tuple(map(str, spec.key_names)), schema=schema))
     return found
+
+
+def _check_reference(table: SaTable, spec: KeySpec, constraint: ForeignKeyConstraint) -> None:
+    """A foreign key holds within one shard: to a reference table, or from key to key.
+
+    Raises:
+        InvalidTopology: it could refer to a row on another shard, where PostgreSQL does not see it.
+    """
+    target = describe(constraint.referred_table)
+    if target.reference:
+        return
+    pairs = {element.parent.name: element.column.name for element in constraint.elements}
+    if spec.reference or [pairs.get(name) for name in spec.key_names] != list(target.key_names):
+        columns = ", ".join(constraint.column_keys)
+        raise InvalidTopology(
+            f"the foreign key ({columns}) of {table.fullname!r} refers to {target.table!r} without pairing the shard "
+            f"keys ({', '.join(spec.key_names) or 'none: a reference table'} with {', '.join(target.key_names)})",
+            "add the shard key to the foreign key, or leave the constraint away: the rows may be on other shards",
+        )

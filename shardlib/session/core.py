@@ -49,6 +49,9 @@ class Core:
     described: Callable[[SaTable], KeySpec] = field(init=False)
     """`describe`, as one object: what extraction keeps is tied to it."""
 
+    closed: bool = False
+    """Whether the engine is disposed."""
+
     def __post_init__(self) -> None:
         self.token = hash_of(self.cache.current.hash_function)
         self.described = self.describe
@@ -146,6 +149,11 @@ class Core:
         for waiter in list(self._waiting):
             waiter.wake()
 
+    def check_open(self) -> None:
+        """Raise UnsupportedOperation once the engine is disposed."""
+        if self.closed:
+            raise UnsupportedOperation("the engine is disposed", "make a new one")
+
     def connect(
         self, shard: Shard, gates: tuple[int, ...], options: Mapping[str, Any] | None = None
     ) -> ShardConnection:
@@ -158,6 +166,7 @@ class Core:
             ShardUnavailable: the shard is inactive, or not reachable.
             PoolTimeout: no connection became free in time.
         """
+        self.check_open()
         if shard.status is Status.INACTIVE:
             raise ShardUnavailable(shard.name, "its status is inactive")
         engine = self.pools.engine(shard.id)

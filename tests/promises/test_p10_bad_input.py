@@ -7,7 +7,21 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Column, Float, Integer, MetaData, String, Table, delete, func, insert, select, text, update
+from sqlalchemy import (
+    Column,
+    Float,
+    ForeignKeyConstraint,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    delete,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from shardlib import AsyncShardedEngine, ShardedEngine, ShardedSession, errors
@@ -150,6 +164,54 @@ def test_p10_models(facade: Any) -> None:
     for server in facade.core.topology.shards:
         with psycopg.connect(server.primary.conninfo()) as conn:
             assert conn.execute("SELECT to_regclass('bad')").fetchone() == (None,)
+
+
+def test_p10_foreign_keys_across_shards(facade: Any) -> None:
+    """A row and what it refers to must be on one shard, or PostgreSQL cannot hold the one to the other."""
+    key = {"info": {"shard_key": True}}
+
+    def child(reference: ForeignKeyConstraint, **info: Any) -> MetaData:
+        metadata = MetaData()
+        Table("parent", metadata, Column("t", String, primary_key=True, **key), Column("i", Integer, primary_key=True))
+        keyed = {} if info else key
+        columns = [Column("u", String, primary_key=True, **keyed), Column("t", String), Column("i", Integer)]
+        Table("child", metadata, *columns, reference, **info)
+        return metadata
+
+    across = ForeignKeyConstraint(["t", "i"], ["parent.t", "parent.i"])
+    with pytest.raises(errors.InvalidTopology, match=r"'child'.*'parent'.*add the shard key"):
+        facade.core.create_all(child(across))
+    from_reference = ForeignKeyConstraint(["u", "i"], ["parent.t", "parent.i"])
+    with pytest.raises(errors.InvalidTopology, match="a reference table"):
+        facade.core.register(child(from_reference, info={"reference": True}))
+
+
+def test_p10_a_disposed_engine_and_wrong_kinds_of_work(shop: LocalCluster) -> None:
+    async def coroutine(session: Any) -> int:
+        return 1
+
+    engine = ShardedEngine(shop.url)
+    with pytest.raises(errors.InvalidArgument, match="AsyncShardedEngine"):
+        engine.run(coroutine, shard_key="t")
+    with pytest.raises(errors.UnsupportedOperation, match=r"engine\.create_all"):
+        Base.metadata.create_all(engine)
+    with engine.begin("t") as conn:
+        assert conn.scalar(text("SELECT 1")) == 1
+    engine.dispose()
+    engine.dispose()
+    for work in (lambda: engine.session("t").scalar(text("SELECT 1")), lambda: engine.connect("t")):
+        with pytest.raises(errors.UnsupportedOperation, match="disposed"):
+            work()
+    with pytest.raises(errors.InvalidArgument, match="did you mean topology_file"):
+        ShardedEngine(shop.url, topology_fil="x")
+
+
+async def test_p10_a_plain_function_for_the_asyncio_engine(shop: LocalCluster) -> None:
+    async with AsyncShardedEngine(shop.url) as engine:
+        with pytest.raises(errors.InvalidArgument, match="coroutine function"):
+            await engine.run(lambda session: 1, shard_key="t")
+        async with engine.begin("t") as conn:
+            assert await conn.scalar(text("SELECT 1")) == 1
 
 
 def test_p10_a_table_that_the_cluster_does_not_know(facade: Any) -> None:
