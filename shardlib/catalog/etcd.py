@@ -72,8 +72,7 @@ class EtcdStore:
         """See `Store.grant`.
 
         The token is one more than the last one, which is kept in a key without a lease, and no less than the
-        revision of the store: it goes on rising when the store was restored from a backup with its revision
-            bumped.
+        revision of the store: it goes on rising when the store was restored from a backup with its revision bumped.
         """
         key, counter_key = self._lease_key(name), self._root + b"token/" + name.encode()
         held, _ = self._client.get(key, deadline)
@@ -93,8 +92,7 @@ class EtcdStore:
                 conditions, [Put(key, value, lease), Put(counter_key, str(token).encode())], deadline
             )
         except CatalogUnavailable:
-            # Whether or not it happened, nobody uses this lease: it takes the key away with it when it runs
-            # out.
+            # Whether or not it happened, nobody uses this lease: it takes the key away with it when it runs out.
             self._try_revoke(lease)
             raise
         if not done.done:

@@ -74,8 +74,9 @@ _GRANT: Final = """
 INSERT INTO shardlib_catalog.lease AS l (catalog, name, token, holder, expires)
 VALUES (%(catalog)s, %(name)s, 1, %(holder)s, clock_timestamp() + make_interval(secs => %(ttl)s))
 ON CONFLICT (catalog, name) DO UPDATE
-SET token = l.token + 1, holder = excluded.holder, expires = clock_timestamp() + make_interval(secs =>
-%(ttl)s) WHERE l.expires <= clock_timestamp() RETURNING token
+SET token = l.token + 1, holder = excluded.holder,
+    expires = clock_timestamp() + make_interval(secs => %(ttl)s)
+WHERE l.expires <= clock_timestamp() RETURNING token
 """
 _RENEW: Final = """
 UPDATE shardlib_catalog.lease SET expires = clock_timestamp() + make_interval(secs => %s)

@@ -116,6 +116,7 @@ class Topology:
     _by_id: dict[str, Shard] = field(init=False, repr=False)
     _by_name: dict[str, Shard] = field(init=False, repr=False)
     _default: dict[str, int] = field(init=False, repr=False)
+    _gates: dict[str, tuple[int, ...]] = field(init=False, repr=False)
     _owners: tuple[Place, ...] = field(init=False, repr=False)
     _first: array[int] = field(init=False, repr=False)
     _special: tuple[tuple[int, int], ...] = field(init=False, repr=False)
@@ -127,6 +128,10 @@ class Topology:
         put(self, "_by_name", {shard.name: shard for shard in self.shards})
         put(self, "_tables", {table.fullname: table for table in self.tables})
         put(self, "_default", {gate.shard_id: gate.number for gate in self.gates if not gate.ranges})
+        by_shard: dict[str, list[int]] = {}
+        for gate in self.gates:
+            by_shard.setdefault(gate.shard_id, []).append(gate.number)
+        put(self, "_gates", {shard_id: tuple(sorted(numbers)) for shard_id, numbers in by_shard.items()})
         self._check_names()
         special = sorted((part.first, part.last, gate) for gate in self.gates for part in gate.ranges)
         self._check_gates(special)
@@ -188,7 +193,7 @@ class Topology:
 
     def gates_of(self, shard_id: str) -> tuple[int, ...]:
         """The numbers of all gates of a shard, rising: what a statement that reads the whole shard must hold."""
-        return tuple(sorted(gate.number for gate in self.gates if gate.shard_id == shard_id))
+        return self._gates.get(shard_id, ())
 
     def default_gate(self, shard_id: str) -> int:
         """The number of a shard's default gate.

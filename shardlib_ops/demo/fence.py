@@ -21,6 +21,7 @@ from shardlib.catalog import Catalog
 from shardlib.fence.gate import Closing, close_gate, open_gate
 from shardlib.topology.change import renew_gates
 from shardlib_ops.demo.models import Plane
+from shardlib_ops.local.process import wait_until
 
 __all__ = ["AtWork", "cut_off", "inspect", "renew_gate"]
 
@@ -89,12 +90,7 @@ class AtWork:
     def wait_for_more(self, transactions: int, timeout_s: float = 10.0) -> bool:
         """Wait until that many more were acknowledged; False if that took too long."""
         wanted = self.committed + transactions
-        waited = threading.Event()
-        for _ in range(int(timeout_s / 0.01)):
-            if self.committed >= wanted:
-                return True
-            waited.wait(0.01)
-        return False
+        return wait_until(lambda: self.committed >= wanted, timeout_s)
 
     def _work(self, tailnum: str) -> None:
         plane = update(Plane).where(Plane.tailnum == tailnum)
