@@ -4,10 +4,9 @@ One channel for each member, made when it is needed, so that names resolve on th
 member is left for the next one at once. Everything that is not typed (gRPC and protobuf have no types) stays
 behind the client.
 
-Fork: a child may open new channels, unless the environment says `GRPC_ENABLE_FORK_SUPPORT=0`. One that is forked while
-gRPC polls for a live channel crashes now and then, so every channel is closed before a fork; the parent's calls and
-watches find theirs closed and open new ones afterwards, as after a lost connection. The child never touches what is
-left of the parent's channels, not even to free it.
+Fork: a child may open new channels. One that is forked while gRPC polls for a live channel crashes now and then, so
+every channel is closed before a fork; the parent's calls and watches find theirs closed and open new ones afterwards,
+as after a lost connection. The child never touches what is left of the parent's channels, not even to free it.
 """
 
 from __future__ import annotations
@@ -29,6 +28,9 @@ from shardlib.errors import CatalogUnavailable, InvalidArgument
 
 # gRPC writes notes about each fork to stderr unless told otherwise before it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+# Its own handlers for forks crash now and then, above all where a program is started as another user, which forks
+# without Python's. What they are for is done here: no channel is open when the process forks.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 import grpc
 
 __all__ = ["Channels", "EtcdTarget", "Refused", "RpcError", "reason_of"]
@@ -179,6 +181,7 @@ class Channels:
                 if not again:
                     reason = "the process forked while it waited for the answer"
                     break
+                failed += 1
             except grpc.RpcError as error:
                 code, details = error.code().name, str(error.details())
                 if login_left and self.target.user and _token_refused(code, details):
@@ -338,8 +341,6 @@ class Channels:
 
     def after_fork(self) -> None:
         """In a forked child: put the parent's channels aside, untouched."""
-        if os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "1").lower() in ("0", "false", "no"):
-            _log.error("GRPC_ENABLE_FORK_SUPPORT is off: etcd cannot be used after a fork; unset it")
         _inherited.append(self._open)
         self._reset()
 

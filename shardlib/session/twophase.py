@@ -15,11 +15,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 from uuid import uuid4
 
 import psycopg
 from psycopg import errors as pg
 from psycopg import sql
+from psycopg.abc import PQGen
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from shardlib.errors import InvalidTopology, UnsupportedOperation
@@ -29,6 +31,8 @@ from shardlib.session.unit import Leg, Unit
 from shardlib.topology import Shard, Topology
 
 __all__ = ["Settled", "TwoPhase", "settle"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger("shardlib.twophase")
 _PREFIX = "shardlib"
@@ -195,20 +199,31 @@ def _settle_parts(topology: Topology, parts: Sequence[tuple[Shard, str]]) -> boo
     return settled
 
 
-def _connect(shard: Shard, timeout_s: float) -> psycopg.Connection[tuple[object, ...]]:
-    return psycopg.connect(
-        shard.primary.conninfo(
-            connect_timeout=max(2, round(timeout_s)),
-            options=f"-c statement_timeout={timeout_s * 1000:.0f}",
-            application_name="shardlib settle",
-        ),
+class _Patient(psycopg.Connection[tuple[object, ...]]):
+    """A connection that waits for each answer within a limit of its own: a frozen server keeps no limit of its."""
+
+    patience_s: float = 5.0
+
+    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        try:
+            return super().wait(gen, interval, self.patience_s if timeout is None else timeout)
+        except pg._WaitTimeout:  # noqa: SLF001 - psycopg asks its callers to convert it
+            self.pgconn.finish()
+            raise psycopg.OperationalError(f"no answer within {self.patience_s:g} s") from None
+
+
+def _connect(shard: Shard, timeout_s: float) -> _Patient:
+    conn = _Patient.connect(
+        # Nothing that PgBouncer would refuse: no startup options.
+        shard.primary.conninfo(connect_timeout=max(2, round(timeout_s)), application_name="shardlib settle"),
         autocommit=True,
+        prepare_threshold=None,
     )
+    conn.patience_s = timeout_s
+    return conn
 
 
-def _settle_one(
-    topology: Topology, shard: Shard, conn: psycopg.Connection[tuple[object, ...]], gid: object, timeout_s: float
-) -> Settled:
+def _settle_one(topology: Topology, shard: Shard, conn: _Patient, gid: object, timeout_s: float) -> Settled:
     _, txid, decider_id, *_ = (*str(gid).split(":"), "", "")
     try:
         with _connect(topology.shard(decider_id), timeout_s) as decider:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from sqlalchemy import select
 from shardlib import ShardedEngine, errors
 from shardlib.catalog import open_catalog
 from shardlib.dsn import Dsn
+from shardlib.session import twophase
 from shardlib_ops import LocalCluster
 from tests.support.facade import AsyncFacade, SyncFacade
 from tests.support.faults import Proxy
@@ -165,3 +167,25 @@ def test_a_read_leg_lost_at_commit_keeps_nothing(
 
     facade.session(body)
     assert rows(cluster) == [0, 0]
+
+
+def test_settling_does_not_wait_for_a_frozen_server(
+    facade: Any, proxied: tuple[LocalCluster, list[Proxy]], monkeypatch: Any
+) -> None:
+    """The shard takes the connection and then falls silent: its parts stay in doubt, the others' are looked at."""
+    topology = facade.core.topology
+    real = twophase._connect
+
+    def then_frozen(shard: Any, timeout_s: float) -> Any:
+        conn = real(shard, timeout_s)
+        if shard.id == topology.shards[0].id:
+            proxied[1][0].stall()
+        return conn
+
+    monkeypatch.setattr(twophase, "_connect", then_frozen)
+    began = time.monotonic()
+    try:
+        assert twophase.settle(topology, older_than_s=0, timeout_s=1) == []
+    finally:
+        proxied[1][0].heal()
+    assert 0.9 < time.monotonic() - began < 10
