@@ -60,20 +60,21 @@ def hammered(
 )
 def test_p2_stale_clients_neither_lose_nor_misread(tmp_path: Path, rng: random.Random, pgbouncer: bool) -> None:
     (tmp_path / "pgbouncer").mkdir()
-    verdict, mover, hammer = hammered(tmp_path, rng, soak_seconds(25), pgbouncer=pgbouncer)
+    seconds = soak_seconds(25)
+    verdict, mover, hammer = hammered(tmp_path, rng, seconds, pgbouncer=pgbouncer)
     print(verdict, mover.counts, f"{hammer.frozen} freezes")
     assert verdict.violations == []
-    # A run in which nothing happened shows nothing.
-    assert verdict.outcomes["ok"] > 500
-    assert verdict.reads > 500
-    assert mover.counts["moved"] >= 20
-    assert mover.counts["closed"] >= 100
-    assert hammer.frozen >= 3
+    # A run in which nothing happened shows nothing. Usual on two busy cores: two moves and five closings a second.
+    assert verdict.outcomes["ok"] > 20 * seconds
+    assert verdict.reads > 20 * seconds
+    assert mover.counts["moved"] >= 0.3 * seconds
+    assert mover.counts["closed"] >= 1.5 * seconds
+    assert hammer.frozen >= 1
 
 
 def test_p2_without_the_gate_the_same_run_shows_the_harm(tmp_path: Path, rng: random.Random) -> None:
     """The gate taken away on purpose: if the checks did not see it, they would see nothing."""
     verdict, mover, _ = hammered(tmp_path, rng, 15, plant="no gate")
     print(verdict, mover.counts)
-    assert mover.counts["moved"] >= 10
+    assert mover.counts["moved"] >= 5
     assert verdict.violations
