@@ -1,7 +1,6 @@
 """How soon a change is seen by every client, and what a topology of 10,000 shards costs.
 
-Clients are caches with connections of their own, spread over a few processes as they are in life: one process
-with
+Clients are caches with connections of their own, spread over a few processes as they are in life: one process with
 200 of them would measure its own lock.
 """
 
@@ -10,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import statistics
+import threading
 import time
 import uuid
 from multiprocessing.connection import Connection
@@ -29,23 +29,42 @@ _CLIENTS: Final = 200
 _LIMIT_S: Final = 60.0
 
 
+class _Seen:
+    """When each of some clients saw each version."""
+
+    def __init__(self, clients: int) -> None:
+        self._clients = clients
+        self._at: dict[int, list[float]] = {}
+        self._all = threading.Condition()
+
+    def note(self, topology: Topology) -> None:
+        """Called by each client, from a thread of its own."""
+        now = time.monotonic()  # one clock for all processes of a machine
+        with self._all:
+            at = self._at.setdefault(topology.version, [])
+            at.append(now)
+            if len(at) == self._clients:  # else nobody is woken: the machine is the clients'
+                self._all.notify_all()
+
+    def times(self, version: int) -> list[float]:
+        """The moments at which each client saw a version, once all did."""
+        with self._all:
+            if not self._all.wait_for(lambda: len(self._at.get(version, ())) == self._clients, _LIMIT_S):
+                raise AssertionError(f"version {version} was not seen by every client in {_LIMIT_S:g} s")
+            return self._at[version]
+
+
 def _clients(url: str, count: int, pipe: Connection) -> None:
     """A process of clients: says when they are ready, then for each version in turn when each of them saw it."""
     catalogs = [open_catalog(url) for _ in range(count)]
     caches = [TopologyCache(catalog) for catalog in catalogs]
-    seen: dict[int, list[float]] = {}
+    seen = _Seen(count)
     for cache in caches:
         cache.start(timeout_s=_LIMIT_S)
-        # CLOCK_MONOTONIC is one clock for all processes of a machine.
-        cache.listen(lambda topology: seen.setdefault(topology.version, []).append(time.monotonic()))
+        cache.listen(seen.note)
     pipe.send("ready")
     while (version := pipe.recv()) is not None:
-        for cache in caches:
-            if not cache.wait_newer(version - 1, _LIMIT_S):
-                raise AssertionError(f"version {version} was not seen in {_LIMIT_S:g} s")
-        while len(seen.get(version, ())) < count:
-            time.sleep(0.005)
-        pipe.send(seen[version])
+        pipe.send(seen.times(version))
     for cache, catalog in zip(caches, catalogs, strict=True):
         cache.close()
         catalog.close()
@@ -102,19 +121,16 @@ def _large(url: str, shards: int) -> dict[str, float]:
     figures["load"] = _timed(lambda: loaded.append(reader.load()))
     cache = TopologyCache(reader)
     cache.start(timeout_s=30)
+    seen = _Seen(1)
+    cache.listen(seen.note)
     second = one_range_moved(first)
     figures["publish an update"] = _timed(lambda: writer.publish(second, expected=1))
-    figures["watch update"] = _timed(lambda: _wait(cache, 1))
+    figures["watch update"] = _timed(lambda: seen.times(second.version))
     figures["bytes"] = float(_shipped(first, second))
     cache.close()
     for catalog in (writer, reader):
         catalog.close()
     return figures
-
-
-def _wait(cache: TopologyCache, version: int) -> None:
-    if not cache.wait_newer(version, _LIMIT_S):
-        raise AssertionError(f"no version after {version}")
 
 
 def _shipped(first: Topology, second: Topology) -> int:

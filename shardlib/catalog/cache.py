@@ -50,7 +50,10 @@ class TopologyCache:
         self._reset()
 
     def _reset(self) -> None:
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        # Apart from those who wait for a topology: a change wakes the cache's own thread only if it has work.
+        self._work = threading.Condition(lock)
         self._accepting = threading.Lock()
         self._watch: Watch | None = None
         self._thread: threading.Thread | None = None
@@ -137,7 +140,7 @@ class TopologyCache:
                 return self.current
             self._asked += 1
             mine = self._asked
-            self._changed.notify_all()
+            self._work.notify_all()
             while True:
                 if newer_than is not None and self.current.version > newer_than:
                     return self.current
@@ -146,7 +149,9 @@ class TopologyCache:
                 if self._failed is not None and self._failed[0] >= mine:
                     raise self._failed[1]
                 if deadline.passed() or self._closed:
-                    raise CatalogUnavailable(self._catalog.safe_url, f"no answer within {timeout_s:g} s")
+                    raise CatalogUnavailable(
+                        self._catalog.safe_url, f"no answer within {timeout_s:g} s, {self._last_sign()}"
+                    )
                 self._changed.wait(deadline.left())
 
     def ask(self) -> None:
@@ -154,17 +159,7 @@ class TopologyCache:
         with self._changed:
             if self._started and not self._closed:
                 self._asked += 1
-                self._changed.notify_all()
-
-    def wait_newer(self, version: int, timeout_s: float) -> bool:
-        """Wait until the cached version is above `version`, asking nobody; False if it took too long."""
-        deadline = Deadline(timeout_s)
-        with self._changed:
-            while self.current.version <= version:
-                if deadline.passed() or self._closed:
-                    return False
-                self._changed.wait(deadline.left())
-            return True
+                self._work.notify_all()
 
     def listen(self, callback: Callable[[Topology], None]) -> None:
         """Have `callback` called with each new topology, in order, from a thread of the cache."""
@@ -175,6 +170,10 @@ class TopologyCache:
         """Seconds since the catalog was last proved to be heard; infinite if it never was."""
         proved_at = self._proved_at
         return float("inf") if proved_at is None else time.monotonic() - proved_at
+
+    def _last_sign(self) -> str:
+        seconds = self.staleness()
+        return "nor ever before" if seconds == float("inf") else f"the last one {seconds:.1f} s ago"
 
     def after_fork(self) -> None:
         """In a forked child: keep the topology, and watch anew with connections and threads of its own."""
@@ -190,6 +189,7 @@ class TopologyCache:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            self._work.notify_all()
         if self._watch is not None:
             self._watch.close()
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -205,7 +205,7 @@ class TopologyCache:
         while True:
             with self._changed:
                 while not (self._closed or self._pending() or self._dirty or next_poll.passed()):
-                    self._changed.wait(next_poll.left())
+                    self._work.wait(next_poll.left())
                 asked, pending, closed = self._asked, self._pending(), self._closed
                 poll, dirty = next_poll.passed(), self._dirty
             if not closed and (pending or poll):
@@ -263,7 +263,7 @@ class TopologyCache:
             _log.warning("version %d was announced and could not be read yet: %s", version, error)
             with self._changed:
                 self._asked += 1  # the cache's own thread tries again, with nobody waiting for it
-                self._changed.notify_all()
+                self._work.notify_all()
 
     def _accept(self, new: Topology) -> None:
         """Make `new` the current topology if it is newer, and tell the listeners."""
@@ -276,8 +276,10 @@ class TopologyCache:
                 return
             self.current = new
             with self._changed:
-                self._dirty = self._file is not None
                 self._changed.notify_all()
+                if self._file is not None:
+                    self._dirty = True
+                    self._work.notify_all()
             for listener in self._listeners:
                 try:
                     listener(new)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from shardlib.catalog.base import Conflict, Lease, Watch
+from shardlib.catalog.decoded import Decoded, find, share
 from shardlib.catalog.lease import KeptLease
 from shardlib.catalog.store import Deadline, Record, Store
 from shardlib.catalog.watching import Watching
@@ -52,7 +53,7 @@ class StoredCatalog:
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._last: tuple[Topology, Head] | None = None
+        self._last: Decoded | None = None
         self._watches: list[Watching] = []
         self._leases: list[KeptLease] = []
         self._callback = threading.local()
@@ -63,7 +64,7 @@ class StoredCatalog:
         Inside a callback of the watch, the head that the callback tells of is used and not read again.
         """
         deadline = Deadline(self._timeout_s)
-        record: Record | None = getattr(self._callback, "record", None)
+        record, head = getattr(self._callback, "found", (None, None))
         missing: tuple[ChunkKey, int] | None = None
         for _ in range(_LOAD_TRIES):
             record = record or self._store.read_head(deadline)
@@ -72,38 +73,46 @@ class StoredCatalog:
                     f"the catalog {self.safe_url} holds no topology",
                     "create the cluster first, or correct the URL",
                 )
-            head = unpack(record.data)
+            head = head or self._head(record)
             try:
-                return self._decode(head, known, deadline)
+                return self._decode(record, head, known, deadline)
             except KeyError as error:
                 if missing == (error.args[0], record.revision):
                     break
-                missing, record = (error.args[0], record.revision), None
+                missing, record, head = (error.args[0], record.revision), None, None
         raise InvalidTopology(
             f"the catalog {self.safe_url} lacks a chunk of its topology", "restore the catalog from a backup"
         )
 
-    def _decode(self, head: Head, known: Topology | None, deadline: Deadline) -> Topology:
-        with self._lock:
-            last = self._last
-        if last is not None and _same(last[1], head) and (known is None or known is last[0]):
-            return last[0]
-        if known is None and last is not None:
-            known = last[0]
+    def _head(self, record: Record) -> Head:
+        """The head of a record, as it was read before if that still lives."""
+        last = self._last
+        if last is None or last.data != record.data:
+            last = find(record.data)
+        return unpack(record.data) if last is None else last.head
+
+    def _decode(self, record: Record, head: Head, known: Topology | None, deadline: Deadline) -> Topology:
+        last = self._last
         if known is not None and _same(head, known):
-            topology = known
+            decoded = Decoded(record.data, head, known)
+        elif last is not None and last.data == record.data:
+            return last.topology
+        elif (found := find(record.data)) is not None:
+            decoded = found
         else:
+            if known is None and last is not None:
+                known = last.topology
             known_head = None
             if known is not None:
-                known_head = last[1] if last is not None and last[0] is known else encode(known).head
+                known_head = last.head if last is not None and _same(last.head, known) else encode(known).head
 
             def fetch(keys: set[ChunkKey]) -> Mapping[ChunkKey, bytes]:
                 return self._store.get_chunks(keys, Deadline(deadline.left() + _CHUNK_S * len(keys)))
 
-            topology = decode(head, fetch, known, known_head)
-        with self._lock:
-            self._last = topology, head
-        return topology
+            decoded = Decoded(record.data, head, decode(head, fetch, known, known_head))
+            share(decoded)
+        self._last = decoded
+        return decoded.topology
 
     def version(self) -> int | None:
         """Version of the stored topology, None for an empty catalog; see `Catalog.version`."""
@@ -142,8 +151,7 @@ class StoredCatalog:
         else:
             if not swapped:
                 self._lost(encoded, expected, deadline)
-        with self._lock:
-            self._last = topology, encoded.head
+        self._last = Decoded(encoded.data, encoded.head, topology)
         self._clean(encoded)
 
     def _settle(
@@ -209,12 +217,12 @@ class StoredCatalog:
         """Follow the topology's versions from threads of its own; see `Catalog.watch`."""
 
         def on_record(record: Record) -> None:
-            version = unpack(record.data).version
-            self._callback.record = record
+            head = self._head(record)
+            self._callback.found = record, head
             try:
-                on_change(version)
+                on_change(head.version)
             finally:
-                self._callback.record = None
+                del self._callback.found
 
         watching = Watching(self._store, on_record, on_alive, poll_s=self._poll_s, timeout_s=self._timeout_s)
         with self._lock:

@@ -19,7 +19,7 @@ from shardlib.errors import CatalogUnavailable
 from shardlib_ops import LocalCluster
 from tests.support.etcd_server import EtcdServer, etcd_server
 from tests.support.eventually import eventually
-from tests.support.topologies import changed, facts, make_topology
+from tests.support.topologies import await_newer, changed, facts, make_topology
 
 pytestmark = pytest.mark.fault
 
@@ -107,7 +107,7 @@ class TestOneMember:
         server.pause()
         began = time.monotonic()
         watcher.watch.close()
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 5, "it is not waited for until its silence is noticed"
         server.resume()
 
     def test_a_publish_that_was_cut_short_is_settled_by_its_nonce(
@@ -181,7 +181,7 @@ class TestOneMember:
         cache.start()
         for _ in range(5):
             publish_next(catalog)
-        assert cache.wait_newer(5, 5)
+        await_newer(cache, 5, 5)
         server.kill()
         shutil.rmtree(tmp_path / "etcd" / "data")
         shutil.move(tmp_path / "backup", tmp_path / "etcd" / "data")
@@ -192,7 +192,7 @@ class TestOneMember:
         assert cache.refresh(timeout_s=3).version == 6
         current = catalog.load()
         catalog.publish(changed(current, version=7), expected=1)
-        assert cache.wait_newer(6, BACK_S)
+        await_newer(cache, 6, BACK_S)
         cache.close()
         client.close()
 
@@ -288,11 +288,11 @@ class TestUsers:
         self, guarded: EtcdServer, login: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level(logging.DEBUG)
-        catalog = opened(f"etcd://{login}{guarded.endpoint}/shop", timeout_s=2)
+        catalog = opened(f"etcd://{login}{guarded.endpoint}/shop", timeout_s=20)
         began = time.monotonic()
         with pytest.raises(CatalogUnavailable, match=r"(?i)password|user name is empty|permission") as raised:
             catalog.version()
-        assert time.monotonic() - began < 1.5, "an answer is not waited for again and again"
+        assert time.monotonic() - began < 10, "an answer is not waited for again and again"
         text = f"{raised.value} {raised.value!r} {catalog.safe_url} {caplog.text}"
         assert "wrong-canary" not in text
         catalog.close()

@@ -19,7 +19,7 @@ from shardlib.errors import CatalogUnavailable, InvalidTopology
 from shardlib.topology import Topology
 from tests.support.eventually import eventually
 from tests.support.forks import in_child
-from tests.support.topologies import PASSWORD, changed, facts, make_topology
+from tests.support.topologies import PASSWORD, await_newer, changed, facts, make_topology
 
 
 class Interrupted:
@@ -91,9 +91,8 @@ class TestFollowing:
         told: list[Topology] = []
         cache.listen(told.append)
         assert cache.current.version == 1
-        assert not cache.wait_newer(1, 0.05)
         second = publish_next(catalog.inner)
-        assert cache.wait_newer(1, 5)
+        await_newer(cache, 1, 5)
         assert facts(cache.current) == facts(second)
         eventually(lambda: told == [cache.current], 2, "the listener is told")
 
@@ -117,7 +116,7 @@ class TestFollowing:
         cache = TopologyCache(catalog, poll_s=0.1)
         cache.start()
         publish_next(catalog.inner)
-        assert cache.wait_newer(1, 5)
+        await_newer(cache, 1, 5)
         cache.close()
 
     def test_staleness_counts_from_the_last_sign_of_life(self, catalog: Interrupted, cache: TopologyCache) -> None:
@@ -149,7 +148,7 @@ class TestRefusing:
         said: str,
     ) -> None:
         publish_next(catalog.inner)
-        assert cache.wait_newer(1, 5)
+        await_newer(cache, 1, 5)
         seen = cache.current
         catalog.replaced = changed(seen, **what)
         assert cache.refresh() is seen
@@ -157,7 +156,7 @@ class TestRefusing:
         assert caplog.text.count(said) == 1
         catalog.replaced = None
         publish_next(catalog.inner)
-        assert cache.wait_newer(2, 5), "a right one is taken again"
+        await_newer(cache, 2, 5, "a right one is taken again")
 
 
 class TestRefreshing:
@@ -242,7 +241,7 @@ class TestFile:
             later.refresh(newer_than=2, timeout_s=1)
         catalog.away = False
         publish_next(catalog.inner)
-        assert later.wait_newer(2, 5)
+        await_newer(later, 2, 5)
         later.close()
 
     def test_with_neither_catalog_nor_file_it_does_not_start(self, catalog: Interrupted, tmp_path: Path) -> None:
@@ -314,7 +313,7 @@ class TestFile:
         cache.start()
         eventually(lambda: "cannot be saved" in caplog.text, 5, "it is said")
         publish_next(catalog.inner)
-        assert cache.wait_newer(1, 5)
+        await_newer(cache, 1, 5)
         cache.close()
 
 
@@ -331,13 +330,13 @@ class TestFork:
             cache.after_fork()
             assert cache.refresh(timeout_s=5).version == 1
             os.write(ready_w, b"1")
-            assert cache.wait_newer(1, 10)
+            await_newer(cache, 1, 10)
             cache.close()
 
         wait = in_child(child)
         assert os.read(ready_r, 1) == b"1"
         publish_next(catalog)
-        assert cache.wait_newer(1, 5)
+        await_newer(cache, 1, 5)
         wait()
         cache.close()
         catalog.close()

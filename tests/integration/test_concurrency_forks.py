@@ -24,6 +24,7 @@ from tests.support.eventually import eventually
 from tests.support.forks import in_child
 from tests.support.models import Customer
 from tests.support.quiet import assert_quiet
+from tests.support.topologies import await_newer
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_the_watch_of_a_forked_child_lives(engine: ShardedEngine, shop: LocalClu
 
     def child() -> None:
         os.write(told, b"1")
-        assert engine._cache.wait_newer(topology.version, 5), "the watch is dead"
+        await_newer(engine._cache, topology.version, 5, "the watch is dead")
 
     wait = in_child(child)
     assert select_.select([ready], [], [], 30)[0], "the child does not come so far"

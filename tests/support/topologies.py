@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 import uuid
 
+from shardlib.catalog import TopologyCache
 from shardlib.dsn import Dsn
 from shardlib.ring import reassign
 from shardlib.topology import Shard, Topology
 from shardlib.topology.change import initial
+from tests.support.eventually import eventually
 
 PASSWORD = "canary-5e1f"
 
@@ -56,6 +58,11 @@ def one_range_moved(topology: Topology, source: str = "s1", target: str = "s2") 
     """The next version, in which the second range of `source` belongs to `target` (the first may wrap)."""
     part = topology.ring.ranges_of(source)[1]
     return changed(topology, ring=reassign(topology.ring, (part,), target))
+
+
+def await_newer(cache: TopologyCache, version: int, within_s: float, what: str = "") -> None:
+    """Wait until a cache has heard, unasked, of a version above `version`."""
+    eventually(lambda: cache.current.version > version, within_s, what or f"a version above {version} is seen")
 
 
 def facts(topology: Topology) -> dict[str, object]:
