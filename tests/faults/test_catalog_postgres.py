@@ -65,7 +65,7 @@ def test_the_watch_goes_on_after_the_server_is_back(server: LocalServer, catalog
     eventually(lambda: versions[-1] == newest, BACK_S, "the watch tells of the newest")
     began = time.monotonic()
     watch.close()
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 5, "the threads are told to end, and not left to their next poll"
 
 
 def test_a_publish_that_was_cut_short_is_settled_by_its_nonce(server: LocalServer, catalog: StoredCatalog) -> None:

@@ -97,7 +97,7 @@ def test_the_breaker_opens_and_closes(make: Make, servers: tuple[LocalServer, Lo
         began = time.monotonic()
         with pytest.raises(ShardUnavailable, match="3 attempts failed in a row"):
             client.pid("s1")
-        assert time.monotonic() - began < 0.5, "at once: the first new attempt is a second away or more"
+        assert time.monotonic() - began < 1, "at once: the first new attempt is a second away or more"
         client.pid("s2")
         servers[0].start()
         client.eventually(lambda: client.pid("s1"), 20, "the server is asked again", ignore=(ShardUnavailable,))
@@ -112,7 +112,7 @@ def test_a_frozen_server_costs_a_bounded_time_and_nobody_else(
 ) -> None:
     client = make(connect_timeout_s=2, breaker_failures=2, connects_max=2, pool_timeout_s=20)
     errors: list[Exception] = []
-    others: list[float] = []
+    meanwhile: list[int] = []
 
     def of_frozen() -> None:
         try:
@@ -121,10 +121,9 @@ def test_a_frozen_server_costs_a_bounded_time_and_nobody_else(
             errors.append(error)
 
     def of_other() -> None:
-        for _ in range(20):
-            began = time.monotonic()
+        while not errors:
             client.pid("s2")
-            others.append(time.monotonic() - began)
+            meanwhile.append(len(errors))
             client.waits.sleep(0.02)
 
     def body() -> None:
@@ -136,7 +135,7 @@ def test_a_frozen_server_costs_a_bounded_time_and_nobody_else(
         servers[0].resume()
         assert len(errors) == 12
         assert took_s < 9, f"two rounds of attempts of 2 s at most, not one for each of 12 users ({took_s:.1f} s)"
-        assert max(others) < 1, "another shard is not affected"
+        assert meanwhile.count(0) >= 5, "another shard answers while every attempt at the frozen one still waits"
 
     client.run(body)
 

@@ -159,14 +159,15 @@ def test_time_limit_leaves_out_what_has_not_begun(facade: Facade) -> None:
     def call(i: int) -> None:
         begun.append(i)
         try:
-            bounded.sleep(0.3)
+            bounded.sleep(0.6)
         finally:
             ended.append(i)
 
     def body() -> None:
-        with pytest.raises(TimeoutError, match=r"of 6 calls finished within 0\.1 s"):
-            bounded.run_all([partial(call, i) for i in range(6)], timeout_s=0.1)
-        assert sorted(begun) == sorted(ended) == [0, 1]
+        with pytest.raises(TimeoutError, match=r"of 6 calls finished within 0\.3 s"):
+            bounded.run_all([partial(call, i) for i in range(6)], timeout_s=0.3)
+        assert sorted(begun) == sorted(ended)
+        assert sorted(begun) in ([0], [0, 1]), "two side by side at most, one if the machine was slow to begin it"
 
     facade.run(body)
     bounded.close()
