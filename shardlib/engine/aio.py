@@ -124,7 +124,7 @@ class AsyncShardedEngine:
                 wait_s = next_wait(error, attempt, policy, random.uniform(0.5, 1.0))  # noqa: S311
                 if wait_s is None:
                     raise
-                await asyncio.sleep(wait_s)  # the one wait outside waits.py: it is the caller's own coroutine
+                await asyncio.sleep(wait_s)  # the one wait outside shardlib.waits: it is the caller's own coroutine
 
     async def bulk_load(
         self,
