@@ -77,8 +77,10 @@ class _Fenced(_Base):
         The answer carries nothing: the server lets go of locks and gates as it reads the message, and a connection
         that is lost now is found so by whoever uses it next. What comes next on the connection reads it first.
         """
+        if self.rolling_back:
+            return True  # nothing was sent since: SQLAlchemy rolls back a second time as it gives a connection back
         pgconn = self.pgconn
-        if not self.sealed or self.rolling_back or self._pipeline or self._tpc or self._num_transactions:
+        if not self.sealed or self._pipeline or self._tpc or self._num_transactions:
             return False
         if pgconn.transaction_status not in _IN_TRANSACTION:
             return False
