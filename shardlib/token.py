@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from mmh3 import mmh3_x64_128_utupledigest
+from mmh3 import hash128, mmh3_x64_128_uintdigest
 from xxhash import xxh3_64_intdigest
 
 from shardlib.errors import InvalidArgument
@@ -14,9 +14,12 @@ from shardlib.key.encode import encode_key
 __all__ = ["HASH_FUNCTIONS", "hash_of", "token_of"]
 
 
+_LOW_64: Final = (1 << 64) - 1
+
+
 def _murmur3(key: bytes) -> int:
     """MurmurHash3, x64 128-bit, seed 0: its first 64 bits, little-endian as its author's code writes them."""
-    return mmh3_x64_128_utupledigest(key)[0]
+    return mmh3_x64_128_uintdigest(key) & _LOW_64
 
 
 HASH_FUNCTIONS: Final[dict[str, Callable[[bytes], int]]] = {"murmur3": _murmur3, "xxhash": xxh3_64_intdigest}
@@ -55,8 +58,11 @@ def token_of(name: str) -> Callable[[object], int]:
 
 def _murmur3_of(value: object) -> int:
     if value.__class__ is str and "\0" not in value:
+        if value.isascii():
+            # Hashed where it lies, without a copy as bytes. Not for other texts: hash128 crashes on a lone surrogate.
+            return hash128(value) & 0xFFFFFFFFFFFFFFFF
         try:
-            return mmh3_x64_128_utupledigest(value.encode())[0]
+            return mmh3_x64_128_uintdigest(value.encode()) & 0xFFFFFFFFFFFFFFFF
         except UnicodeEncodeError:
             pass  # encode_key says what is wrong
-    return mmh3_x64_128_utupledigest(encode_key(value))[0]
+    return mmh3_x64_128_uintdigest(encode_key(value)) & _LOW_64

@@ -125,6 +125,14 @@ def test_an_unknown_function_is_refused_with_the_known_ones(name: Any) -> None:
 
 
 @pytest.mark.parametrize("name", HASH_FUNCTIONS)
+@pytest.mark.parametrize("alphabet", ["a-z09", "aé", "日本", "a\U0001f600"])
+def test_a_text_has_the_token_of_its_bytes(name: str, alphabet: str) -> None:
+    for length in range(40):
+        text = (alphabet * length)[:length]
+        assert token_of(name)(text) == hash_of(name)(text.encode())
+
+
+@pytest.mark.parametrize("name", HASH_FUNCTIONS)
 @pytest.mark.parametrize("value", ["a\0b", "\ud800", None, 1.5])
 def test_what_is_no_key_has_no_token(name: str, value: object) -> None:
     with pytest.raises(InvalidShardKey):
