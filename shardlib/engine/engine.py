@@ -189,7 +189,7 @@ class ShardedEngine:
         Raises:
             InvalidShardKey: the value cannot be a key.
         """
-        return self._cache.current.place(self._token(shard_key)).shard
+        return self._cache.current.shard_of(self._token(shard_key))
 
     def _topology_changed(self, topology: Topology) -> None:
         kept = {shard.id for shard in topology.shards}

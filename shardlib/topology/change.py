@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from shardlib.errors import InvalidTopology
 from shardlib.ring import TokenRange, build_ring, reassign
-from shardlib.topology.model import Gate, Shard, Table, Topology
+from shardlib.topology.model import Gate, Shard, Table, Topology, highest_number
 
 __all__ = ["forget_tables", "give_gate", "initial", "move_ranges", "record_tables", "renew_gates", "with_shard"]
 
@@ -32,7 +32,7 @@ def initial(shards: Sequence[Shard], *, hash_function: str, cluster_id: str, non
         shards=tuple(shards),
         ring=build_ring({shard.id: shard.vnode_count for shard in shards}),
         gates=tuple(Gate(number, shard.id) for number, shard in enumerate(shards, 1)),
-        next_shard=len(shards) + 1,
+        next_shard=highest_number(shards) + 1,
         next_gate=len(shards) + 1,
         nonce=nonce,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from shardlib.dsn import Dsn
 from shardlib.errors import InvalidTopology
 from shardlib.ring import Ring, TokenRange
 
-__all__ = ["Gate", "Move", "MoveState", "Place", "Shard", "Status", "Table", "Topology"]
+__all__ = ["Gate", "Move", "MoveState", "Place", "Shard", "Status", "Table", "Topology", "highest_number"]
 
 
 class Status(StrEnum):
@@ -95,7 +96,7 @@ class Topology:
 
     Invariants, checked at construction: names and ids are unique; every owner in the ring is a shard; every shard
     that owns tokens has one default gate; gates with ranges belong to the owner of those ranges and do not overlap;
-    no gate number is at or past the next free one.
+    no gate number and no shard number (17 of `s17`) is at or past the next free one.
 
     Raises:
         InvalidTopology: an invariant does not hold.
@@ -144,6 +145,12 @@ class Topology:
             raise InvalidTopology(
                 f"topology {self.version} names a shard twice", "shard names and ids are unique in a cluster"
             )
+        highest = highest_number(self.shards)
+        if highest >= self.next_shard:
+            raise InvalidTopology(
+                f"topology {self.version}: shard 's{highest}' is not below the next free number {self.next_shard}",
+                _RESTORE,
+            )
         for owner in self.ring.shard_ids:
             if owner not in self._by_id:
                 raise InvalidTopology(
@@ -191,6 +198,10 @@ class Topology:
                 return Place(owner.shard, self._special[i][1])
         return owner
 
+    def shard_of(self, token: int) -> Shard:
+        """The shard that owns a token: `place(token).shard`, without a look at gates."""
+        return self._owners[self.ring.index_of(token)][0]
+
     def gates_of(self, shard_id: str) -> tuple[int, ...]:
         """The numbers of all gates of a shard, rising: what a statement that reads the whole shard must hold."""
         return self._gates.get(shard_id, ())
@@ -235,6 +246,15 @@ class Topology:
         """The next version with these fields replaced; `version` rises by one unless given."""
         changes.setdefault("version", self.version + 1)
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def highest_number(shards: Iterable[Shard]) -> int:
+    """The highest number of a shard, 17 for `s17`; 0 if there is none. Ids of another form are left out."""
+    return max((int(tail) for shard in shards if shard.id[:1] == "s" and _decimal(tail := shard.id[1:])), default=0)
+
+
+def _decimal(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 _RESTORE = "the catalog's content is damaged; restore it, or publish a right one with a higher version"

@@ -178,6 +178,7 @@ class TestDamage:
             {"inline": []},
             {"ring_bits": 17},
             {"next_gate": 1},
+            {"next_shard": 3},
             {"version": -1},
             {"sections": {"unknown": []}},
             {"cluster_id": "x" * 5000},
@@ -210,7 +211,8 @@ class TestBounds:
     def test_an_id_that_is_no_number_cannot_be_stored(self, shard_id: str) -> None:
         base = make_topology(1)
         with pytest.raises(InvalidTopology, match="cannot be stored"):
-            encode(base.evolve(shards=(*base.shards, Shard(shard_id, "odd", Dsn("postgresql://h/d")))))
+            odd = Shard(shard_id, "odd", Dsn("postgresql://h/d"))
+            encode(base.evolve(shards=(*base.shards, odd), next_shard=1 << 33))
 
     def test_a_large_bucket_is_cut(self) -> None:
         base = make_topology(256, 1)
