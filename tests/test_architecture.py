@@ -19,6 +19,7 @@ OWN = ("shardlib", "shardlib_ops", "tests", "docs", "examples", "benchmarks", "s
 SLEEPS_ALLOWED = {
     "shardlib/waits/threads.py": "the one place of the library that waits",
     "shardlib/waits/greenlets.py": "the same, over an event loop",
+    "shardlib/waits/sockets.py": "lets the other tasks of the loop go on",
     "shardlib/fence/gate.py": "gives way between two attempts, by a function that its caller may replace",
     "shardlib/catalog/etcd_channel.py": "a blocking call pauses between its attempts, within its deadline",
     "shardlib/catalog/postgres_door.py": "the same",

@@ -21,6 +21,7 @@ from sqlalchemy.util import await_only
 
 from shardlib.errors import InvalidTopology, UnsupportedOperation
 from shardlib.fence.cursor import AsyncFencedCursor, FencedCursor
+from shardlib.fence.looped import LoopedConnection
 from shardlib.fence.verdict import GateClosed, commit_outcome_unknown, is_closed_gate
 
 __all__ = ["AsyncFencedConnection", "FencedConnection", "UnknownCommit", "drive", "lock_gates", "start"]
@@ -292,7 +293,7 @@ class FencedConnection(_Fenced, psycopg.Connection[Any]):
             super().rollback()
 
 
-class AsyncFencedConnection(_Fenced, psycopg.AsyncConnection[Any]):  # type: ignore[misc]
+class AsyncFencedConnection(_Fenced, LoopedConnection):  # type: ignore[misc]
     """An asyncio psycopg connection behind the fence."""
 
     is_async = True

@@ -43,6 +43,12 @@ class _AsyncioDialect(PGDialectAsync_psycopg):
     supports_statement_cache = True
     has_terminate = True
 
+    def do_rollback(self, dbapi_connection: Any) -> None:
+        # By far most need no answer and so no step of the event loop.
+        unheard = getattr(dbapi_connection.driver_connection, "roll_back_unheard", None)
+        if unheard is None or not unheard():
+            dbapi_connection.rollback()
+
     def do_close(self, dbapi_connection: Any) -> None:
         close_now(dbapi_connection.driver_connection)
 
