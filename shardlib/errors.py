@@ -7,7 +7,8 @@
      │   ├─ StaleTopology                  the shard has closed the gate this client came through
      │   ├─ ShardUnavailable               no server of the shard answered
      │   ├─ CatalogUnavailable             the catalog did not answer
-     │   └─ PoolTimeout                    no connection became free in time
+     │   ├─ PoolTimeout                    no connection became free in time
+     │   └─ LockTimeout                    a change of the tables waited too long for another transaction
      ├─ BulkLoadIncomplete                 a bulk load is committed on some shards and not on others
      ├─ CommitOutcomeUnknown               COMMIT was sent, its answer never came: never retried by itself
      ├─ ShardKeyRequired                   the statement or row names no shard key
@@ -35,6 +36,7 @@ __all__ = [
     "InvalidArgument",
     "InvalidShardKey",
     "InvalidTopology",
+    "LockTimeout",
     "PoolTimeout",
     "RetryableError",
     "ShardKeyChanged",
@@ -77,13 +79,25 @@ class StaleTopology(RetryableError):
 
 
 class ShardUnavailable(RetryableError):
-    """No server of the shard could be reached; nothing was sent."""
+    """No server of the shard could be reached, or it refused the login; nothing was sent.
 
-    def __init__(self, shard: str, reason: str) -> None:
-        super().__init__(shard, reason)
-        self.shard, self.reason = shard, reason
+    Attributes:
+        shard: name of the shard.
+        reason: why, without secrets.
+        final: the server is there and refuses who we are (a wrong password, an unknown role or database). Running
+            the work again is still safe, and useless until somebody changes that: `engine.run` does not.
+    """
+
+    def __init__(self, shard: str, reason: str, final: bool = False) -> None:
+        super().__init__(shard, reason, final)
+        self.shard, self.reason, self.final = shard, reason, final
 
     def __str__(self) -> str:
+        if self.final:
+            return (
+                f"shard {self.shard!r} lets nobody in: {self.reason}; correct its DSN in the catalog (or the password "
+                "that it refers to), or the role on the server; other shards are not affected"
+            )
         return f"shard {self.shard!r} is not reachable: {self.reason}; other shards are not affected"
 
 
@@ -112,6 +126,20 @@ class PoolTimeout(RetryableError):
         return (
             f"no connection to shard {self.shard!r} became free within {self.timeout_s:g} s ({self.detail}); "
             "raise pool_size or max_connections, or hold transactions for less time"
+        )
+
+
+class LockTimeout(RetryableError):
+    """A change of a shard's tables waited too long for a lock that other transactions hold."""
+
+    def __init__(self, shard: str, timeout_s: float, holders: str) -> None:
+        super().__init__(shard, timeout_s, holders)
+        self.shard, self.timeout_s, self.holders = shard, timeout_s, holders
+
+    def __str__(self) -> str:
+        return (
+            f"no lock on the tables of shard {self.shard!r} within {self.timeout_s:g} s: {self.holders}; "
+            "end what holds them, or wait until it has ended, and run it again"
         )
 
 

@@ -31,7 +31,7 @@ LIBRARY = {
 }
 OPERATORS = {"LocalCluster"}
 
-RETRYABLE = {"CatalogUnavailable", "PoolTimeout", "ShardUnavailable", "StaleTopology"}
+RETRYABLE = {"CatalogUnavailable", "LockTimeout", "PoolTimeout", "ShardUnavailable", "StaleTopology"}
 BASES = {"RetryableError", "ShardlibError"}
 
 SAMPLES: dict[str, errors.ShardlibError] = {
@@ -42,6 +42,7 @@ SAMPLES: dict[str, errors.ShardlibError] = {
     "InvalidArgument": errors.InvalidArgument("pool_size", -1, "at least 1"),
     "InvalidShardKey": errors.InvalidShardKey(1.5, "a float has no stable text"),
     "InvalidTopology": errors.InvalidTopology("there is no shard 'x'", "the shards are: a, b"),
+    "LockTimeout": errors.LockTimeout("shard-01", 10.0, "process 42 holds 'orders'"),
     "PoolTimeout": errors.PoolTimeout("shard-01", 30.0, "5 of 5 in use"),
     "RetryableError": errors.RetryableError("nothing was applied"),
     "ShardKeyChanged": errors.ShardKeyChanged("orders", "a", "b"),

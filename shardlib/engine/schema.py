@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 from uuid import uuid4
 
 import psycopg
+from psycopg.errors import LockNotAvailable
 from sqlalchemy import Connection, ForeignKeyConstraint, MetaData, create_engine
 from sqlalchemy import Table as SaTable
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
 from shardlib.catalog import Catalog, Conflict, TopologyCache
-from shardlib.dsn import scrub
-from shardlib.errors import InvalidTopology, ShardUnavailable
+from shardlib.engine.locks import holders_of
+from shardlib.errors import InvalidTopology, LockTimeout, ShardUnavailable
 from shardlib.fence.gate import install, open_gate
 from shardlib.key.declare import KeySpec, describe
+from shardlib.shard.connect import explain, hopeless, lost
 from shardlib.topology import Shard, Table, Topology
 from shardlib.topology.change import forget_tables, record_tables
 
 __all__ = ["SchemaChange"]
 
 _CONNECT_TIMEOUT_S = 10
+_LOCK_TIMEOUT_S = 10
+"""As long as `install` waits. DDL that waits holds up whoever comes to its table after it."""
 _SIDE_BY_SIDE = 8
 _CONFLICTS_MAX = 20
 
@@ -41,7 +47,8 @@ class SchemaChange:
 
         def on(shard: Shard) -> None:
             self._prepare(topology, shard, app_roles)
-            self._ddl(shard, lambda conn: metadata.create_all(conn, checkfirst=checkfirst))
+            create = partial(metadata.create_all, checkfirst=checkfirst)
+            self._ddl(shard, metadata, create, dropping=False)
 
         self._everywhere(topology, on)
         self._publish(lambda now, nonce: record_tables(now, tables, nonce=nonce))
@@ -49,10 +56,8 @@ class SchemaChange:
     def drop_all(self, metadata: MetaData, *, checkfirst: bool) -> None:
         """See `ShardedEngine.drop_all`."""
         topology = self._newest()
-        self._everywhere(
-            topology,
-            lambda shard: self._ddl(shard, lambda conn: metadata.drop_all(conn, checkfirst=checkfirst)),
-        )
+        drop = partial(metadata.drop_all, checkfirst=checkfirst)
+        self._everywhere(topology, lambda shard: self._ddl(shard, metadata, drop, dropping=True))
         self._publish(lambda now, nonce: forget_tables(now, list(metadata.tables), nonce=nonce))
 
     def record(self, metadata: MetaData) -> None:
@@ -74,30 +79,40 @@ class SchemaChange:
     @staticmethod
     def _prepare(topology: Topology, shard: Shard, app_roles: Sequence[str]) -> None:
         try:
-            with psycopg.connect(
-                shard.primary.conninfo(connect_timeout=_CONNECT_TIMEOUT_S, application_name="shardlib schema"),
-                autocommit=True,
-            ) as conn:
+            with _connect(shard, autocommit=True) as conn:
                 install(conn, cluster_id=topology.cluster_id, shard_id=shard.id, roles=app_roles)
                 for number in topology.gates_of(shard.id):
                     open_gate(conn, number)
+        except LockNotAvailable:
+            raise LockTimeout(shard.name, _LOCK_TIMEOUT_S, "somebody else changes its schema shardlib") from None
         except psycopg.OperationalError as error:
-            raise ShardUnavailable(shard.name, scrub(str(error).strip(), shard.primary.reveal())) from None
+            if not lost(error):
+                raise
+            raise _unavailable(shard, error) from None
 
     @staticmethod
-    def _ddl(shard: Shard, work: Callable[[Connection], None]) -> None:
-        engine = create_engine(
-            "postgresql+psycopg://",
-            creator=lambda: psycopg.connect(
-                shard.primary.conninfo(connect_timeout=_CONNECT_TIMEOUT_S, application_name="shardlib schema")
-            ),
-            poolclass=NullPool,
-        )
+    def _ddl(shard: Shard, metadata: MetaData, work: Callable[[Connection], None], *, dropping: bool) -> None:
+        """Run DDL in one transaction of a shard, which waits for locks within the limit.
+
+        Raises:
+            ShardUnavailable: the connection could not be had, or broke.
+            LockTimeout: other transactions hold the tables.
+            sqlalchemy.exc.DBAPIError: the server refused a statement.
+        """
+        engine = create_engine("postgresql+psycopg://", creator=lambda: _connect(shard), poolclass=NullPool)
         try:
             with engine.begin() as conn:
+                conn.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT_S}s'")
                 work(conn)
         except OperationalError as error:
-            raise ShardUnavailable(shard.name, scrub(str(error.orig).strip(), shard.primary.reveal())) from None
+            if isinstance(error.orig, LockNotAvailable):
+                tables = [(table.schema, str(table.name)) for table in metadata.sorted_tables]
+                with _connect(shard, autocommit=True) as conn:
+                    holders = holders_of(conn, tables, readers=dropping)
+                raise LockTimeout(shard.name, _LOCK_TIMEOUT_S, holders) from None
+            if error.orig is None or not lost(error):
+                raise
+            raise _unavailable(shard, error.orig) from None
         finally:
             engine.dispose()
 
@@ -116,6 +131,25 @@ class SchemaChange:
         raise InvalidTopology(
             f"the topology changed {_CONFLICTS_MAX} times while the tables were recorded", "run it again"
         )
+
+
+def _connect(shard: Shard, *, autocommit: bool = False) -> psycopg.Connection[tuple[Any, ...]]:
+    """A connection of our own to a shard's primary.
+
+    Raises:
+        ShardUnavailable: it could not be had.
+    """
+    try:
+        return psycopg.connect(
+            shard.primary.conninfo(connect_timeout=_CONNECT_TIMEOUT_S, application_name="shardlib schema"),
+            autocommit=autocommit,
+        )
+    except psycopg.OperationalError as error:
+        raise _unavailable(shard, error) from None
+
+
+def _unavailable(shard: Shard, error: BaseException) -> ShardUnavailable:
+    return ShardUnavailable(shard.name, explain(error, shard.primary)[0], hopeless(error))
 
 
 def records(metadata: MetaData) -> list[Table]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqlalchemy.exc import DBAPIError
 
-from shardlib.errors import CommitOutcomeUnknown, InvalidArgument, RetryableError
+from shardlib.errors import CommitOutcomeUnknown, InvalidArgument, RetryableError, ShardUnavailable
 
 __all__ = ["RetryPolicy", "next_wait"]
 
@@ -40,6 +40,8 @@ def may_run_again(error: BaseException) -> bool:
     sent, and PostgreSQL rolls back what it was not asked to commit.
     """
     if isinstance(error, CommitOutcomeUnknown):
+        return False
+    if isinstance(error, ShardUnavailable) and error.final:
         return False
     if isinstance(error, RetryableError):
         return True

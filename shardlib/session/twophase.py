@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -37,6 +38,7 @@ T = TypeVar("T")
 _log = logging.getLogger("shardlib.twophase")
 _PREFIX = "shardlib"
 _FINISH_S = 5.0
+_SIDE_BY_SIDE = 16
 
 
 def gid_of(txid: str, decider: str, shard: str) -> str:
@@ -162,7 +164,8 @@ class Settled:
 def settle(topology: Topology, *, older_than_s: float, timeout_s: float = 5.0) -> list[Settled]:
     """Finish the prepared transactions that lost their session. Safe to run anywhere, any number of times at once.
 
-    Blocking; opens its own connections. A part whose decider cannot be reached stays as it is.
+    Blocking; opens its own connections, to 16 shards at a time. A shard that does not answer holds up none of the
+    others. A part whose decider cannot be reached stays as it is.
 
     Args:
         topology: the cluster.
@@ -172,27 +175,37 @@ def settle(topology: Topology, *, older_than_s: float, timeout_s: float = 5.0) -
     Returns:
         One entry for each transaction in doubt.
     """
+    if not topology.shards:
+        return []
+    with ThreadPoolExecutor(min(_SIDE_BY_SIDE, len(topology.shards)), "shardlib-settle") as threads:
+        found = threads.map(lambda shard: _settle_shard(topology, shard, older_than_s, timeout_s), topology.shards)
+        return [settled for of_shard in found for settled in of_shard]
+
+
+def _settle_shard(topology: Topology, shard: Shard, older_than_s: float, timeout_s: float) -> list[Settled]:
     done: list[Settled] = []
-    for shard in topology.shards:
-        try:
-            with _connect(shard, timeout_s) as conn:
-                rows = conn.execute(
-                    "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() AND gid LIKE %s"
-                    " AND prepared <= now() - make_interval(secs => %s)",
-                    (f"{_PREFIX}:%", older_than_s),
-                ).fetchall()
-                done += [_settle_one(topology, shard, conn, gid, timeout_s) for (gid,) in rows]
-        except psycopg.Error as error:
-            _log.warning("in-doubt transactions of shard %s: %s", shard.name, type(error).__name__)
+    silent: set[str] = set()
+    try:
+        with _connect(shard, timeout_s) as conn:
+            rows = conn.execute(
+                "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() AND gid LIKE %s"
+                " AND prepared <= now() - make_interval(secs => %s)",
+                (f"{_PREFIX}:%", older_than_s),
+            ).fetchall()
+            for (gid,) in rows:
+                done.append(_settle_one(topology, shard, conn, gid, timeout_s, silent))
+    except psycopg.Error as error:
+        _log.warning("in-doubt transactions of shard %s: %s", shard.name, type(error).__name__)
     return done
 
 
 def _settle_parts(topology: Topology, parts: Sequence[tuple[Shard, str]]) -> bool:
     settled = True
+    silent: set[str] = set()
     for shard, gid in parts:
         try:
             with _connect(shard, _FINISH_S) as conn:
-                settled &= _settle_one(topology, shard, conn, gid, _FINISH_S).verdict != "pending"
+                settled &= _settle_one(topology, shard, conn, gid, _FINISH_S, silent).verdict != "pending"
         except psycopg.Error as error:
             settled = False
             _log.warning("%s is in doubt on shard %s until it answers: %s", gid, shard.name, type(error).__name__)
@@ -223,8 +236,13 @@ def _connect(shard: Shard, timeout_s: float) -> _Patient:
     return conn
 
 
-def _settle_one(topology: Topology, shard: Shard, conn: _Patient, gid: object, timeout_s: float) -> Settled:
+def _settle_one(
+    topology: Topology, shard: Shard, conn: _Patient, gid: object, timeout_s: float, silent: set[str]
+) -> Settled:
+    """Settle one part. `silent`: the deciders that did not answer so far; none of them is waited for twice."""
     _, txid, decider_id, *_ = (*str(gid).split(":"), "", "")
+    if decider_id in silent:
+        return Settled(shard.name, str(gid), "pending")
     try:
         with _connect(topology.shard(decider_id), timeout_s) as decider:
             decider.execute(
@@ -234,6 +252,7 @@ def _settle_one(topology: Topology, shard: Shard, conn: _Patient, gid: object, t
                 "SELECT verdict FROM shardlib.decision WHERE txid = %s", (txid,)
             ).fetchone()
     except (psycopg.Error, InvalidTopology) as error:
+        silent.add(decider_id)
         _log.warning("the decider of %s does not answer, or is not of this cluster: %s", gid, type(error).__name__)
         return Settled(shard.name, str(gid), "pending")
     verdict = str(found[0]) if found else "pending"

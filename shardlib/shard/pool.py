@@ -20,7 +20,7 @@ from shardlib.dsn import Dsn
 from shardlib.errors import PoolTimeout, ShardUnavailable
 from shardlib.shard.breaker import Breaker
 from shardlib.shard.budget import ConnectionBudget, Member, Section, Ticket
-from shardlib.shard.connect import conninfo_of, explain, jittered_lifetime_s, lost
+from shardlib.shard.connect import conninfo_of, explain, hopeless, jittered_lifetime_s, lost
 from shardlib.shard.dialect import SharedDialect
 from shardlib.shard.options import PoolOptions, Role
 from shardlib.shard.probe import answers, cut, dead, let_go, poller_of, sever
@@ -301,7 +301,7 @@ class ShardPool(Pool):
         try:
             connection = self._dial(conninfo)
         except Exception as error:
-            reason, down = explain(error, dsn, conninfo)
+            (reason, down), final = explain(error, dsn, conninfo), hopeless(error)
             let_go(error)
             self._budget.end_attempt(member, reason if down else None, jitter)
             if not isinstance(error, psycopg.Error | OSError):
@@ -312,7 +312,7 @@ class ShardPool(Pool):
             self._budget.give_up_attempt(member)
             raise
         if connection is None:  # raised here, so that the driver's error and its socket are not kept as its context
-            raise ShardUnavailable(self.name, reason)
+            raise ShardUnavailable(self.name, reason, final)
         self._budget.end_attempt(member, None, jitter)
         driver = self._dialect.get_driver_connection(connection)
         try:

@@ -10,11 +10,14 @@ from typing import Any, Final
 
 import psycopg
 from psycopg import sql
+from psycopg.errors import LockNotAvailable
 
 from shardlib.catalog import open_catalog
 from shardlib.catalog.base import Catalog, Conflict
 from shardlib.dsn import scrub
-from shardlib.errors import ShardUnavailable
+from shardlib.engine.locks import holders_of
+from shardlib.errors import LockTimeout, ShardUnavailable
+from shardlib.fence.verdict import lost_connection
 from shardlib.topology import Shard, Table, Topology
 
 __all__ = ["cleaned"]
@@ -56,7 +59,8 @@ def cleaned(url: str) -> Iterator[None]:
     back, except reference tables that held rows.
 
     Raises:
-        ShardUnavailable: a shard is down, or somebody holds a lock on its tables.
+        ShardUnavailable: a shard is down, or its connection was lost.
+        LockTimeout: a transaction that did not end holds a lock on its tables.
         CatalogUnavailable: the catalog did not answer.
     """
     catalog = open_catalog(url, timeout_s=_CATALOG_S)
@@ -80,6 +84,8 @@ def _connected(shard: Shard) -> Iterator[psycopg.Connection[Any]]:
         with psycopg.connect(info, autocommit=True) as connection:
             yield connection
     except psycopg.OperationalError as error:
+        if not lost_connection(error):
+            raise
         raise ShardUnavailable(shard.name, scrub(str(error).strip(), shard.primary.reveal())) from None
 
 
@@ -108,7 +114,16 @@ def _exists(table: Table, objects: frozenset[tuple[str, str, str]]) -> bool:
 
 
 def _restore(shard: Shard, tables: Sequence[Table], before: _Before) -> None:
-    with _connected(shard) as connection, connection.transaction():
+    with _connected(shard) as connection:
+        try:
+            _change_back(connection, tables, before)
+        except LockNotAvailable:
+            there = [(schema, name) for kind, schema, name in _objects(connection) if kind == "TABLE"]
+            raise LockTimeout(shard.name, _LOCK_S, holders_of(connection, there, readers=True)) from None
+
+
+def _change_back(connection: psycopg.Connection[Any], tables: Sequence[Table], before: _Before) -> None:
+    with connection.transaction():
         connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{_LOCK_S}s")))
         new = _objects(connection) - before.objects
         for kind, schema, name in sorted(new, key=lambda one: (_ORDER.index(one[0]), one)):

@@ -189,3 +189,32 @@ def test_settling_does_not_wait_for_a_frozen_server(
     finally:
         proxied[1][0].heal()
     assert 0.9 < time.monotonic() - began < 10
+
+
+def test_settling_asks_the_shards_side_by_side(
+    facade: Any, proxied: tuple[LocalCluster, list[Proxy]], keys: list[str], monkeypatch: Any
+) -> None:
+    """Six dead shards stand before the live one, which is settled; all together cost what one of them costs."""
+    cluster, _ = proxied
+    monkeypatch.setattr(twophase.TwoPhase, "finish", lambda self: self.__init__(self._core))
+    facade.session(
+        lambda s: (s.add_all([Customer(tenant_id=key, id=1, name="x") for key in keys]), s.commit()), twophase=True
+    )
+    assert prepared(cluster) == 1
+    topology = facade.core.topology
+    alive, decider = topology.shards
+    with Proxy(cluster.servers[0].dsn) as silent:
+        silent.stall()
+        dead = tuple(replace(alive, id=f"s{n}", name=f"dead-{n}", primary=Dsn(silent.dsn)) for n in range(91, 97))
+
+        class Wider:
+            shards = (*dead, alive, decider)
+            shard = staticmethod(topology.shard)
+
+        began = time.monotonic()
+        done = twophase.settle(Wider(), older_than_s=0, timeout_s=2)  # type: ignore[arg-type]
+        took_s = time.monotonic() - began
+        silent.heal()
+    assert [(entry.shard, entry.verdict) for entry in done] == [(alive.name, "commit")]
+    assert rows(cluster) == [1, 1]
+    assert took_s < 6, f"{took_s:.1f} s: six shards of 2 s each in a row are 12"

@@ -343,6 +343,8 @@ def test_the_password_is_read_anew_for_each_connection(
         assert dsn.user in message
         assert dsn.host in message
         assert "wr0ng-pass" not in message + repr(caught.value)
+        assert caught.value.final
+        assert message.count("password authentication failed") == 1, message
         assert caught.value.__cause__ is None
         monkeypatch.setenv("POOL_PASSWORD", str(conninfo_to_dict(database)["password"]))
         client.pid()
