@@ -20,6 +20,7 @@ from psycopg import generators
 from psycopg.pq import ExecStatus
 from sqlalchemy.exc import DBAPIError
 
+from shardlib.engine.bulk_where import locate
 from shardlib.errors import ShardUnavailable, StaleTopology
 from shardlib.fence.connection import drive, lock_gates
 from shardlib.fence.verdict import GateClosed, lost_connection
@@ -168,8 +169,8 @@ class CopyLeg:
             connection_invalidated=lost_connection(error), dialect=self._conn.dialect,
         )  # fmt: skip
         found = _LINE.search(error.diag.context or "")
-        where = f" (row {self._row_of(int(found[1]))} of the load)" if found and self._starts else ""
-        shown.add_note(f"shard {self.shard.name!r} refused it{where}")
+        what = f"row {self._row_of(int(found[1]))} of the load" if found and self._starts else "the load"
+        locate(shown, f"shard {self.shard.name!r} refused {what}")
         return shown
 
     def _row_of(self, line: int) -> int:

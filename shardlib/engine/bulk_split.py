@@ -8,6 +8,7 @@ from datetime import date
 from typing import Any, Final
 from uuid import UUID
 
+from shardlib.engine.bulk_where import locate
 from shardlib.key.declare import KeySpec
 from shardlib.session.core import Needed
 from shardlib.token import hash_of
@@ -113,6 +114,6 @@ class Splitter:
                     slot = slots[gate] = _Slot(shard.id, gate)
                 found.append(slot)
         except Exception as error:
-            error.add_note(f"row {numbers[len(found)]} of the load")
+            locate(error, f"row {numbers[len(found)]} of the load")
             raise
         return found

@@ -20,6 +20,7 @@ from psycopg.pq import Format
 from sqlalchemy import Boolean, Column, LargeBinary, bindparam
 from sqlalchemy.engine import Dialect
 
+from shardlib.engine.bulk_where import locate
 from shardlib.errors import InvalidArgument, UnsupportedOperation
 
 __all__ = ["ColumnText", "TableText", "block_of"]
@@ -95,7 +96,7 @@ class ColumnText:
                 self._texts((value,))
             except Exception as its:  # noqa: BLE001 - only asked which value it is
                 if type(its) is type(error):
-                    error.add_note(f"row {first + i} of the load, column {self._name!r}")
+                    locate(error, f"row {first + i} of the load, column {self._name!r}")
                     return
 
     def _texts(self, values: Sequence[Any]) -> Sequence[str]:

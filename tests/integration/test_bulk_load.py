@@ -406,10 +406,6 @@ def test_the_source_is_not_read_ahead_of_a_shard_that_does_not_keep_up(shop: Sho
 # -- what is wrong with a row -------------------------------------------------------------------------------------
 
 
-def notes(error: BaseException) -> str:
-    return " ".join([str(error), *getattr(error, "__notes__", [])])
-
-
 @pytest.mark.parametrize(
     ("bad", "kind", "said"),
     [
@@ -434,7 +430,7 @@ def test_a_wrong_row_is_named_and_nothing_is_kept(
 
     with pytest.raises(kind) as caught:
         load(item, rows())
-    assert re.search(said, notes(caught.value)), notes(caught.value)
+    assert re.search(said, str(caught.value)), str(caught.value)
     assert sum(shop.count("item").values()) == 0
     shop.gates_free()
     assert load(item, items(10)).rows == 10, "the pools are usable"
@@ -467,8 +463,8 @@ def test_a_value_that_its_type_refuses(shop: Shop, load: Load) -> None:
     rows.append((200, 5))
     with pytest.raises(LookupError) as caught:
         load(everything, rows, columns=["id", "color"])
-    assert "row 201 of the load" in notes(caught.value)
-    assert "color" in notes(caught.value)
+    assert "row 201 of the load" in str(caught.value)
+    assert "color" in str(caught.value)
 
 
 # -- what is left after a failure ---------------------------------------------------------------------------------
@@ -770,7 +766,7 @@ def test_a_long_load_is_many_copies_in_one_transaction(shop: Shop, load: Load, m
 
     with pytest.raises(DataError) as caught:
         load(everything, rows(7_000), columns=["id", "a text", "small"])
-    assert "row 7001 of the load" in notes(caught.value)
+    assert "row 7001 of the load" in str(caught.value)
     assert read < 19_999, "the source is not read to its end for nothing"
     shop.gates_free()
     assert sum(shop.count("Every thing").values()) == 0

@@ -70,7 +70,7 @@ def test_a_remembered_key_lets_no_equal_value_of_another_type_pass() -> None:
     for bad in ([1, True], [True], [1.0]):
         with pytest.raises(InvalidShardKey) as caught:
             splitter.parts(topology, [[0] * len(bad), bad], 10)
-        assert caught.value.__notes__ == [f"row {9 + len(bad)} of the load"]
+        assert str(caught.value).endswith(f"(row {9 + len(bad)} of the load)")
 
 
 def test_the_first_of_equal_wrong_keys_is_named() -> None:
@@ -78,4 +78,4 @@ def test_the_first_of_equal_wrong_keys_is_named() -> None:
     column = ["a", "b", "c\0", "d", "c\0"]
     with pytest.raises(InvalidShardKey) as caught:
         splitter.parts(make_topology(3), [[0] * 5, column], 1)
-    assert caught.value.__notes__ == ["row 3 of the load"]
+    assert str(caught.value).endswith("(row 3 of the load)")
