@@ -55,7 +55,7 @@ def needs_of(  # noqa: PLR0911 - one return a kind of statement
     if parameters and not isinstance(statement, UpdateBase):
         if not isinstance(parameters, Mapping) and len(parameters) > 1:
             raise UnsupportedOperation(
-                f"a {type(statement).__name__} with {len(parameters)} sets of parameters cannot be routed",
+                f"this {type(statement).__name__} with {len(parameters)} sets of parameters cannot be routed",
                 "run it once for each set",
             )
         given = parameters if isinstance(parameters, Mapping) else parameters[0]

@@ -128,13 +128,13 @@ def _functions(select: Select[Any]) -> Iterator[str]:
         elif isinstance(element, FunctionElement):
             name = str(getattr(element, "name", type(element).__name__)).lower()
             if name in AGGREGATES:
-                yield f"an aggregate, {name}()"
+                yield f"the aggregate {name}()"
             elif name not in SCALARS:
-                yield f"the function {name}(), which may be an aggregate"
+                yield f"the function {name}() (it may be an aggregate)"
         elif isinstance(element, TextClause) and "(" in element.text:
-            yield "a text fragment with a call, which may be an aggregate"
+            yield "a text fragment with a call (it may be an aggregate)"
         elif isinstance(element, ColumnClause) and element.is_literal and "(" in element.name:
-            yield "a literal column with a call, which may be an aggregate"
+            yield "a literal column with a call (it may be an aggregate)"
 
 
 def row_order(select: Select[Any] | CompoundSelect[Any]) -> str | None:

@@ -58,7 +58,8 @@ class Needs:
         writes: INSERT, UPDATE or DELETE, also inside a CTE.
         tables: the sharded tables met.
         merge: None when the rows of the shards, each read once, put together in any order are the answer; else
-            what would need a merge ("ORDER BY", "an aggregate", ...). It says nothing when one shard owns all keys.
+            what would need a merge ("ORDER BY", "the aggregate max()", ...). It says nothing when one shard owns
+            all keys.
         per_key_rows: for several rows or parameter sets, which of them (indexes) go to each key; else None.
     """
 

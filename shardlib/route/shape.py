@@ -382,6 +382,6 @@ def _compound_merge(statement: CompoundSelect[Any]) -> str | None:
 
 def _not_understood(element: ClauseElement) -> UnsupportedOperation:
     return UnsupportedOperation(
-        f"a {type(element).__name__} in a statement cannot be routed",
+        f"this {type(element).__name__} in a statement cannot be routed",
         "run the statement in a session pinned to a shard key: engine.session(key)",
     )

@@ -39,7 +39,7 @@ def written(statement: UpdateBase, parameters: Parameters, describe: Describe) -
     if isinstance(statement, Insert):
         return inserted(statement, target, parameters, describe)
     if not isinstance(statement, Update | Delete):
-        raise UnsupportedOperation(f"a {type(statement).__name__} cannot be routed", "use insert, update or delete")
+        raise UnsupportedOperation(f"this {type(statement).__name__} cannot be routed", "use insert, update or delete")
     many = parameters is not None and not isinstance(parameters, Mapping)
     if many and isinstance(statement, Update) and target.mapped and not statement._where_criteria:
         return _by_primary_key(statement, target, sets_of(parameters))

@@ -52,14 +52,14 @@ class InstanceKeys:
         plan = self._plan(state.mapper)
         if plan is None:
             raise UnsupportedOperation(
-                f"a {type(instance).__name__} is a row of a reference table, which every shard must hold alike",
+                f"this {type(instance).__name__} is a row of a reference table, which every shard must hold alike",
                 f"write it with engine.bulk_load({type(instance).__name__}, rows)",
             )
         values = self._values(plan, state)
         if any(value is None for value in values):
             missing = [name for name, value in zip(plan.attributes, values, strict=True) if value is None]
             raise ShardKeyRequired(
-                f"a {type(instance).__name__} has no value for its shard key {', '.join(missing)}",
+                f"this {type(instance).__name__} has no value for its shard key {', '.join(missing)}",
                 "set it before the object is flushed (a database default would be known too late)",
             )
         key = plan.spec.encode(values)

@@ -240,7 +240,7 @@ class ShardedSession(Session):
     def _connection_for_object(self, mapper: Mapper[Any] | None, instance: object) -> Connection:
         key = self._instance_keys.writable_key_of(instance)
         if self._pin is not None and key != self._pin:
-            self._check_pin((key,), f"a {type(instance).__name__}")
+            self._check_pin((key,), f"this {type(instance).__name__}")
         return self._enlist(self._hold_key(key, write=True))
 
     # -- bulk operations ------------------------------------------------------------------------------------------
