@@ -82,7 +82,7 @@ class Dsn:
         """
         params = {**self._params, **overrides}
         if (password := params.get("password")) is not None:
-            params["password"] = _resolve(str(password))
+            params["password"] = resolve_secret(str(password))
         return make_conninfo("", **params)
 
     def safe(self) -> str:
@@ -106,7 +106,12 @@ class Dsn:
         return (Dsn, (self._text,))
 
 
-def _resolve(password: str) -> str:
+def resolve_secret(password: str) -> str:
+    """A password, or what it refers to: ``env:NAME`` or ``file:/path``.
+
+    Raises:
+        InvalidArgument: the reference leads nowhere; it is shown, since it is no secret.
+    """
     if password.startswith("env:"):
         name = password[4:]
         try:

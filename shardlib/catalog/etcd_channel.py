@@ -24,6 +24,7 @@ from typing import Any, Final
 
 from shardlib.catalog.etcd_proto import method_path, new, parser
 from shardlib.catalog.store import Deadline
+from shardlib.dsn import resolve_secret
 from shardlib.errors import CatalogUnavailable, InvalidArgument
 
 # gRPC writes notes about each fork to stderr unless told otherwise before it is imported.
@@ -103,7 +104,7 @@ class _HungUp(Exception):  # noqa: N818 - a reason to try again
 
 @dataclass(frozen=True, slots=True)
 class EtcdTarget:
-    """What an etcd URL says. `ca`, `cert` and `key` are paths of PEM files."""
+    """What an etcd URL says. `ca`, `cert` and `key` are paths of PEM files; the password may be a reference."""
 
     endpoints: tuple[str, ...]
     name: str
@@ -292,7 +293,7 @@ class Channels:
             request_serializer=_bytes,
             response_deserializer=parser("AuthenticateResponse"),
         )
-        request = new("AuthenticateRequest", name=self.target.user, password=self.target.password)
+        request = new("AuthenticateRequest", name=self.target.user, password=resolve_secret(self.target.password))
         try:
             return str(stub(request, timeout=timeout_s).token)
         except grpc.RpcError as error:

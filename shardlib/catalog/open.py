@@ -32,7 +32,8 @@ def open_catalog(url: str, *, timeout_s: float = 3.0, poll_s: float = 10.0) -> C
         memory://name                                                           shared by this process
 
     Args:
-        url: user and password are percent-encoded; that of PostgreSQL may be `env:NAME` or `file:/path`.
+        url: user and password are percent-encoded. The password may be a reference, `env:NAME` or `file:/path`
+            (`file:%2Fpath` in an etcd URL), which is read anew for each login.
         timeout_s: longest time for each call; a topology of many megabytes gets more for its chunks.
         poll_s: seconds between two reads of the head by a watch, beside its stream.
 

@@ -15,7 +15,7 @@ from shardlib.catalog import Conflict, TopologyCache, open_catalog
 from shardlib.catalog.store import Deadline, Record
 from shardlib.catalog.stored import StoredCatalog
 from shardlib.catalog.watching import StopFlag
-from shardlib.errors import CatalogUnavailable
+from shardlib.errors import CatalogUnavailable, InvalidArgument
 from shardlib_ops import LocalCluster
 from tests.support.etcd_server import EtcdServer, etcd_server
 from tests.support.eventually import eventually
@@ -265,6 +265,28 @@ class TestUsers:
         threading.Event().wait(5)
         assert lease.alive(), "the keepalive renews the token as well"
         lease.release()
+        catalog.close()
+
+    @pytest.mark.parametrize("kind", ["env", "file"])
+    def test_a_password_may_be_a_reference_that_is_read_for_each_login(
+        self, guarded: EtcdServer, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = tmp_path / "secret"
+
+        def rotate(password: str) -> None:
+            monkeypatch.setenv("ETCD_TEST_PASSWORD", password)
+            file.write_text(f"{password}\n")
+
+        reference = "env:ETCD_TEST_PASSWORD" if kind == "env" else f"file:{str(file).replace('/', '%2F')}"
+        catalog = opened(f"etcd://root:{reference}@{guarded.endpoint}/shop")
+        with pytest.raises(InvalidArgument, match=r"no variable ETCD_TEST_PASSWORD|cannot be read"):
+            catalog.version()
+        rotate(SECRET)
+        assert catalog.version() is None
+        guarded.ctl("--user", f"root:{SECRET}", "user", "passwd", "root", "--interactive=false", stdin="n3w-one")
+        rotate("n3w-one")
+        catalog.publish(make_topology(), expected=None)
+        assert catalog.version() == 1
         catalog.close()
 
     def test_a_watch_that_is_refused_for_its_token_begins_again(self, guarded: EtcdServer) -> None:

@@ -51,12 +51,12 @@ class EtcdServer:
         done = self.ctl("get", "no-such-key", check=False)
         return done.returncode == 0 or "user name is empty" in done.stderr
 
-    def ctl(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def ctl(self, *arguments: str, check: bool = True, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run `etcdctl`."""
         program = str(Path(find_etcd(None)).with_name("etcdctl"))
         return subprocess.run(
             [program, "--endpoints", self.url, "--command-timeout", "3s", *self._tls, *arguments],
-            capture_output=True, text=True, check=check, timeout=20,
+            capture_output=True, text=True, check=check, timeout=20, input=stdin,
             env={"PATH": os.defpath, "ETCDCTL_API": "3", "HOME": "/"},
         )  # fmt: skip
 
