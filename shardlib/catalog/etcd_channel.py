@@ -4,9 +4,8 @@ One channel for each member, made when it is needed, so that names resolve on th
 member is left for the next one at once. Everything that is not typed (gRPC and protobuf have no types) stays
 behind the client.
 
-Fork: a child may open new channels. One that is forked while gRPC polls for a live channel crashes now and then, so
-every channel is closed before a fork; the parent's calls and watches find theirs closed and open new ones afterwards,
-as after a lost connection. The child never touches what is left of the parent's channels, not even to free it.
+What a fork needs is in `etcd_fork.py`. The child never touches what is left of the parent's channels, not even to free
+it.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ import os
 import random
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from shardlib.catalog.etcd_fork import close_before_forks, no_fork
 from shardlib.catalog.etcd_proto import method_path, new, parser
 from shardlib.catalog.store import Deadline
 from shardlib.dsn import resolve_secret
@@ -59,35 +58,8 @@ _TOKEN_AGE_S: Final = 120.0
 _LEAST_TRY_S: Final = 0.5
 _PAUSE_FIRST_S: Final = 0.02
 _PAUSE_MAX_S: Final = 0.5
-_QUIET_S: Final = 0.01
-_QUIET_S_MAX: Final = 1.0
-"""A fork waits so long at most, looking every `_QUIET_S`, for the calls on the channels it closed to end."""
 _inherited: list[object] = []
 """Channels of the parent process, kept so that a forked child never runs their destructors."""
-
-
-_all: weakref.WeakSet[Channels] = weakref.WeakSet()
-_no_fork = threading.Lock()
-"""Held while the process forks: no channel is opened meanwhile."""
-
-
-def _before_fork() -> None:
-    _no_fork.acquire()
-    closed = [channels for channels in list(_all) if channels.hang_up()]
-    deadline = Deadline(_QUIET_S_MAX)
-    while any(channels.busy for channels in closed) and not deadline.passed():
-        time.sleep(_QUIET_S)
-    if closed:
-        time.sleep(_QUIET_S)  # gRPC's own threads end a moment after the calls they served
-
-
-def _after_fork() -> None:
-    # In the child too it is this thread's own to release. A new lock would not do there: watches that an earlier hook
-    # began anew wait for this one already.
-    _no_fork.release()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
 class Refused(Exception):  # noqa: N818 - an answer of the server, mapped by the caller
@@ -145,7 +117,7 @@ class Channels:
         for option in ("ca", "cert", "key"):
             target.pem(option)
         self._reset()
-        _all.add(self)
+        close_before_forks(self)
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
@@ -307,7 +279,7 @@ class Channels:
             self._token = ""
 
     def _channel(self, at: int) -> Any:
-        with _no_fork, self._lock:
+        with no_fork, self._lock:
             if self._closed:
                 raise CatalogUnavailable(self.safe_url, "this catalog object was closed")
             if at not in self._open:
