@@ -4,6 +4,9 @@ Everything here decides under one lock and does no I/O there; connections to clo
 collected and acted on after the lock is free. A connection, open or being opened, holds one permit of its
 pool and of the process.
 
+Ctrl-C can end any function as it begins and after any call in it. So what belongs together is changed without a call
+in between, and a connection that is lost on its way gives its permit back as it is collected (`Entry.counted`).
+
 Between two decisions this always holds, so nobody can overtake: a waiter that could be served has been
 served, and a connection lies idle only if no waiter could use it or its permit.
 """
@@ -22,9 +25,12 @@ from shardlib.errors import InvalidArgument, ShardlibError, ShardUnavailable
 from shardlib.shard.breaker import Breaker
 from shardlib.waits import Waiter, forget_after_fork
 
-__all__ = ["ConnectionBudget", "Entry", "Member", "Section", "Ticket"]
+__all__ = ["Claim", "ConnectionBudget", "Entry", "Member", "Section", "Ticket"]
 
 log = logging.getLogger("shardlib.shard")
+
+_AT_ONCE: Final = (False,)
+"""Arguments of `lock.acquire`: without waiting."""
 
 
 class Entry(Protocol):
@@ -37,7 +43,8 @@ class Entry(Protocol):
     expires_at: float
     epoch: int
     counted: bool
-    """Whether it holds a permit; not in a forked child, where the parent's connections mean nothing."""
+    """Whether it holds a permit: from `connected` until it is closed; not in a forked child, where the parent's
+    connections mean nothing. One that is collected while it does must `give_back` itself."""
 
     def close(self) -> None:
         """Close the connection. Never blocks, from any thread."""
@@ -60,6 +67,18 @@ class Ticket:
         return self.permit or self.entry is not None or self.error is not None
 
 
+class Claim:
+    """What a checkout holds before it has a connection, so that its caller gives it up if it is interrupted."""
+
+    __slots__ = ("permit", "ticket")
+
+    def __init__(self) -> None:
+        self.permit = False
+        """Whether a connection may be opened, or is being opened."""
+        self.ticket: Ticket | None = None
+        """The place in the queue, until what it was served with is taken over."""
+
+
 class Member:
     """The account of one pool. Read and written under the budget's lock only."""
 
@@ -70,7 +89,6 @@ class Member:
         "connects_max",
         "epoch",
         "idle",
-        "idle_count",
         "idle_max",
         "shard",
         "size",
@@ -86,10 +104,14 @@ class Member:
         self.connecting = 0
         self.idle: dict[object, list[Entry]] = {}
         """Idle connections by owner; the last was used last."""
-        self.idle_count = 0
         self.waiting: OrderedDict[Ticket, None] = OrderedDict()
         self.epoch = 0
         """Raised when all connections opened so far must not be used again."""
+
+    @property
+    def idle_count(self) -> int:
+        """Idle connections of all owners."""
+        return sum(map(len, self.idle.values()))
 
     @property
     def in_use(self) -> int:
@@ -105,7 +127,6 @@ class Member:
     def push(self, entry: Entry) -> None:
         """Put an idle connection on top."""
         self.idle.setdefault(entry.owner, []).append(entry)
-        self.idle_count += 1
 
     def take_idle(self, wanted: Callable[[Entry], bool]) -> list[Entry]:
         """Take out the idle connections that are `wanted`; their permits are still held."""
@@ -117,7 +138,6 @@ class Member:
                 stack[:] = [entry for entry in stack if not wanted(entry)]
             if not stack and owner is not None:
                 del self.idle[owner]  # an event loop that may be gone
-        self.idle_count -= len(taken)
         return taken
 
     def oldest(self) -> Entry | None:
@@ -127,10 +147,11 @@ class Member:
 
 
 class Section:
-    """`with Section(budget)`: the lock, and what to do once it is free.
+    """`with Section(budget), budget.lock:`: what to do once the lock is free.
 
     Nothing else takes the lock and waits for it: a connection that comes back meanwhile is left to whoever
-    holds it.
+    holds it. The lock is taken by `with` itself: an interrupt (Ctrl-C) that meets a function which takes it would
+    leave it taken for ever.
     """
 
     __slots__ = ("_budget", "close", "wake")
@@ -141,13 +162,11 @@ class Section:
         self.wake: list[Ticket] = []
 
     def __enter__(self) -> Self:
-        self._budget.lock.acquire()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._budget.lock.release()
         self._budget.settle(self)
 
 
@@ -176,35 +195,46 @@ class ConnectionBudget:
 
     def join(self, member: Member) -> None:
         """Add a pool."""
-        with Section(self):
+        with Section(self), self.lock:
             self._members.add(member)
 
     # ------------------------------------------------------------------------------------------- a checkout
 
-    def take(self, member: Member, owner: object, waiter: Callable[[], Waiter]) -> Entry | Ticket | None:
+    def take(
+        self, member: Member, owner: object, waiter: Callable[[], Waiter], claim: Claim | None = None
+    ) -> Entry | Ticket | None:
         """An idle connection; or None: the caller holds a permit and must open one; or a place in the queue.
+
+        `claim` notes a permit, or a place in the queue, in the moment it is there.
 
         Raises:
             ShardUnavailable: the breaker of the endpoint is open.
         """
-        with Section(self) as section:
+        claim = claim or Claim()
+        with Section(self) as section, self.lock:
             now = self._clock()
             if stack := member.idle.get(owner):
-                member.idle_count -= 1
                 return stack.pop()
             if member.breaker.blocked_s(now) > 0:
                 raise self._blocked(member, now)
-            if self._permit(member, now, section):
+            if self._permit(member, now, section, claim):
                 return None
             self._seq += 1
-            ticket = Ticket(waiter(), owner, self._seq)
+            claim.ticket = ticket = Ticket(waiter(), owner, self._seq)
             member.waiting[ticket] = None
             self._queues[member] = member.waiting
             return ticket
 
+    def give_up(self, member: Member, claim: Claim) -> None:
+        """A checkout has ended without a connection: what its claim holds is free again."""
+        if claim.ticket is not None:
+            self.abandon(member, claim.ticket)
+        if claim.permit:
+            self.not_connected(member, claim)
+
     def leave(self, member: Member, ticket: Ticket) -> bool:
         """The waiter's time is over. True: it has been served in that very moment and must use what it got."""
-        with Section(self):
+        with Section(self), self.lock:
             if ticket.served:
                 return True
             self._forget(member, ticket)
@@ -212,27 +242,33 @@ class ConnectionBudget:
 
     def abandon(self, member: Member, ticket: Ticket) -> None:
         """The waiter was cancelled: what it may have got goes to the next."""
-        with Section(self) as section:
+        with Section(self) as section, self.lock:
             if ticket.entry is not None:
                 self._take_back(member, ticket.entry, True, section)
             elif ticket.permit:
-                member.connecting -= 1
-                self._release(member)
+                ticket.permit = False
+                self._never_opened(member)
             else:
                 self._forget(member, ticket)
             self._serve(section)
 
-    def connected(self, member: Member) -> None:
-        """A permit has become an open connection, in use."""
-        with Section(self) as section:
+    def connected(self, member: Member, entry: Entry | None = None, claim: Claim | None = None) -> None:
+        """A permit has become an open connection, in use: from now on it is the connection's own."""
+        claim = claim or Claim()
+        with self.lock:
+            claim.permit = False
+            if entry is not None:
+                entry.counted = True
             member.connecting -= 1
+        with Section(self) as section, self.lock:
             self._serve(section)
 
-    def not_connected(self, member: Member) -> None:
+    def not_connected(self, member: Member, claim: Claim | None = None) -> None:
         """A permit has not become a connection: it is free again."""
-        with Section(self) as section:
-            member.connecting -= 1
-            self._release(member)
+        claim = claim or Claim()
+        with Section(self) as section, self.lock:
+            claim.permit = False
+            self._never_opened(member)
             self._serve(section)
 
     # --------------------------------------------------------------------------------------------- a checkin
@@ -243,13 +279,13 @@ class ConnectionBudget:
         May be called by the garbage collector in the middle of any decision, so it never waits for the lock:
         whoever holds that looks here again after giving it up.
         """
-        lock = self.lock
-        if not lock.acquire(blocking=False):
-            self.returned.append((member, entry, keep))
-            self.drain()
-            return
-        section = None
+        lock, mine, section = self.lock, False, None
         try:
+            (mine,) = map(lock.acquire, _AT_ONCE)  # no interrupt comes between the two, as it would after a call
+            if not mine:
+                self.returned.append((member, entry, keep))
+                self.drain()
+                return
             stack = member.idle.get(entry.owner)
             if stack is None or not keep or self._queues or entry.epoch != member.epoch:
                 section = Section(self)
@@ -257,13 +293,13 @@ class ConnectionBudget:
                 self._serve(section)
             elif member.idle_count < member.idle_max:  # what nearly every checkin comes to
                 stack.append(entry)
-                member.idle_count += 1
             else:
                 section = Section(self)
                 self._close(member, entry, section)
                 self._serve(section)
         finally:
-            lock.release()
+            if mine:
+                lock.release()
         if section is not None:
             self.settle(section)
         elif self.returned:
@@ -271,21 +307,25 @@ class ConnectionBudget:
 
     def drain(self) -> None:
         """Do what `give_back` had to leave."""
-        while self.returned and self.lock.acquire(blocking=False):
-            section = Section(self)
+        while self.returned:
+            section, mine = Section(self), False
             try:
+                (mine,) = map(self.lock.acquire, _AT_ONCE)
+                if not mine:
+                    return
                 while self.returned:
                     member, entry, keep = self.returned.popleft()
                     self._take_back(member, entry, keep, section)
                 self._serve(section)
             finally:
-                self.lock.release()
+                if mine:
+                    self.lock.release()
             self._act(section)
 
-    def gone(self, member: Member) -> None:
+    def gone(self, member: Member, entry: Entry) -> None:
         """A connection that was taken has been closed instead of used: its permit is free."""
-        with Section(self) as section:
-            self._release(member)
+        with Section(self) as section, self.lock:
+            self._release(member, entry)
             self._serve(section)
 
     # ---------------------------------------------------------------------------------------------- the rest
@@ -296,7 +336,7 @@ class ConnectionBudget:
         Raises:
             ShardUnavailable: it is open, or another attempt probes.
         """
-        with Section(self):
+        with Section(self), self.lock:
             now = self._clock()
             if not member.breaker.begin(now):
                 raise self._blocked(member, now)
@@ -306,7 +346,7 @@ class ConnectionBudget:
 
         When the breaker opens, those who wait for this endpoint get the error at once.
         """
-        with Section(self) as section:
+        with Section(self) as section, self.lock:
             now = self._clock()
             if down is None:
                 member.breaker.succeeded()
@@ -319,26 +359,26 @@ class ConnectionBudget:
 
     def give_up_attempt(self, member: Member) -> None:
         """The attempt was cancelled; the breaker learns nothing."""
-        with Section(self) as section:
+        with Section(self) as section, self.lock:
             member.breaker.given_up(self._clock())
             self._serve(section)
 
     def close_idle(self, members: Iterable[Member], wanted: Callable[[Entry], bool]) -> int:
         """Close the idle connections that are `wanted`. Returns how many."""
         closed = 0
-        with Section(self) as section:
+        with Section(self) as section, self.lock:
             for member in members:
                 taken = member.take_idle(wanted)
                 closed += len(taken)
-                for _ in taken:
-                    self._release(member)
+                for entry in taken:
+                    self._release(member, entry)
                 section.close += taken
             self._serve(section)
         return closed
 
     def outdate(self, member: Member) -> None:
         """No connection opened so far is to be used again: idle ones close now, the others when they come back."""
-        with Section(self):
+        with Section(self), self.lock:
             member.epoch += 1
         self.close_idle((member,), lambda entry: True)
 
@@ -356,7 +396,7 @@ class ConnectionBudget:
 
     def members(self) -> list[Member]:
         """The pools that exist."""
-        with Section(self):
+        with Section(self), self.lock:
             return list(self._members)
 
     def after_fork_in_child(self) -> None:
@@ -364,14 +404,14 @@ class ConnectionBudget:
         self.lock = threading.Lock()
         self.returned, self._queues, self.open = deque(), {}, 0
         for member in list(self._members):
-            member.size = member.connecting = member.idle_count = 0
+            member.size = member.connecting = 0
             member.idle, member.waiting = {}, OrderedDict()
             member.epoch += 1
             member.breaker.succeeded()
 
     # -------------------------------------------------------------------------- decisions, under the lock
 
-    def _permit(self, member: Member, now: float, section: Section) -> bool:
+    def _permit(self, member: Member, now: float, section: Section, holder: Claim | Ticket) -> bool:
         """Take a permit for `member` if that is possible, at the cost of an idle connection where it must be."""
         if not member.may_connect(now):
             return False
@@ -380,7 +420,7 @@ class ConnectionBudget:
         elif self.open >= self.limit:
             giver = self._longest_idle()
         else:
-            giver = None
+            holder.permit = True
             member.size += 1
             self.open += 1
             member.connecting += 1
@@ -389,8 +429,13 @@ class ConnectionBudget:
         if giver is None or victim is None:
             return False
         section.close += giver.take_idle(lambda entry: entry is victim)
-        giver.size -= 1
+        holder.permit = True
+        if victim.counted:
+            victim.counted = False
+            giver.size -= 1
+            self.open -= 1
         member.size += 1
+        self.open += 1
         member.connecting += 1
         return True
 
@@ -408,8 +453,7 @@ class ConnectionBudget:
             now = self._clock()
             for member in sorted(self._queues, key=_head_seq):
                 ticket = self._head(member)
-                if ticket is not None and self._permit(member, now, section):
-                    ticket.permit = True
+                if ticket is not None and self._permit(member, now, section, ticket):
                     section.wake.append(ticket)
                     self._forget(member, ticket)
                     break
@@ -434,8 +478,7 @@ class ConnectionBudget:
         self._close(member, entry, section)
 
     def _close(self, member: Member, entry: Entry, section: Section) -> None:
-        if entry.counted:
-            self._release(member)
+        self._release(member, entry)
         section.close.append(entry)
 
     def _older_elsewhere(self, member: Member, head: Ticket | None) -> bool:
@@ -465,7 +508,14 @@ class ConnectionBudget:
         if not member.waiting:
             self._queues.pop(member, None)
 
-    def _release(self, member: Member) -> None:
+    def _release(self, member: Member, entry: Entry) -> None:
+        if entry.counted:
+            entry.counted = False
+            member.size -= 1
+            self.open -= 1
+
+    def _never_opened(self, member: Member) -> None:
+        member.connecting -= 1
         member.size -= 1
         self.open -= 1
 

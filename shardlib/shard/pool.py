@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import select
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ from sqlalchemy.pool.base import _ConnectionRecord
 from shardlib.dsn import Dsn
 from shardlib.errors import PoolTimeout, ShardUnavailable
 from shardlib.shard.breaker import Breaker
-from shardlib.shard.budget import ConnectionBudget, Member, Section, Ticket
+from shardlib.shard.budget import Claim, ConnectionBudget, Member, Section, Ticket
 from shardlib.shard.connect import conninfo_of, explain, hopeless, jittered_lifetime_s, lost
 from shardlib.shard.dialect import SharedDialect
 from shardlib.shard.options import PoolOptions, Role
@@ -68,7 +70,8 @@ class PoolEntry(_ConnectionRecord):
     """SQLAlchemy's record of a pooled connection, with what our accounts need to know of it."""
 
     __slots__ = (
-        "counted", "dsn", "epoch", "expires_at", "fenced", "idle_since", "owner", "pgconn", "poller", "set_up_until",
+        "counted", "dsn", "epoch", "expires_at", "fenced", "home", "idle_since", "owner", "pgconn", "pid", "poller",
+        "set_up_until",
     )  # fmt: skip
 
     owner: object
@@ -81,8 +84,20 @@ class PoolEntry(_ConnectionRecord):
     """The driver's connection."""
     pgconn: Any
     poller: select.poll
+    home: ShardPool
+    pid: int
+    """The process that it belongs to."""
     set_up_until: float
     """Cut if it is not set up by then; infinity once it is."""
+
+    def __init__(self, pool: ShardPool) -> None:
+        self.home, self.counted, self.pid = pool, False, os.getpid()
+        super().__init__(pool)
+
+    def __del__(self) -> None:
+        # A forked child may collect this before it is told that the connection is the parent's.
+        if getattr(self, "counted", False) and self.pid == os.getpid() and not sys.is_finalizing():
+            self.home.lost(self)
 
 
 class ShardPool(Pool):
@@ -146,54 +161,52 @@ class ShardPool(Pool):
         budget, member, owner = self._budget, self.member, self._owner()
         while True:
             entry: Any = None
-            lock = budget.lock
-            lock.acquire()
-            try:
+            with budget.lock:
                 if stack := member.idle.get(owner):
                     entry = stack.pop()
-                    member.idle_count -= 1
-            finally:
-                lock.release()
             if budget.returned:
                 budget.drain()
             if entry is None:
-                entry = self._obtain(owner)
-                if entry is None:
-                    return self._open()
+                claim = Claim()
+                try:
+                    entry = self._obtain(owner, claim)
+                    if entry is None:
+                        return self._open(claim)
+                except BaseException:
+                    budget.give_up(member, claim)
+                    raise
             if self._usable(entry):
                 return entry  # type: ignore[no-any-return]
             self._drop(entry)
 
-    def _obtain(self, owner: object) -> Any:
+    def _obtain(self, owner: object, claim: Claim) -> Any:
         """An entry, or None for a permit to open one; waits in the queue where it must."""
         budget, waits, timeout_s = self._budget, self.context.waits, self.context.options.pool_timeout_s
-        taken = budget.take(self.member, owner, waits.waiter)
+        taken = budget.take(self.member, owner, waits.waiter, claim)
         if not isinstance(taken, Ticket):
             return taken
-        try:
-            if not taken.waiter.wait(timeout_s) and not budget.leave(self.member, taken):
-                raise PoolTimeout(self.name, timeout_s, self._detail())
-        except PoolTimeout:
-            raise
-        except BaseException:
-            budget.abandon(self.member, taken)
-            raise
+        if not taken.waiter.wait(timeout_s) and not budget.leave(self.member, taken):
+            raise PoolTimeout(self.name, timeout_s, self._detail())
         if taken.error is not None:
             raise taken.error
+        claim.ticket, claim.permit = None, taken.permit
         return taken.entry
 
-    def _open(self) -> PoolEntry:
-        """Use a permit: open a connection, or give the permit back."""
+    def _open(self, claim: Claim) -> PoolEntry:
+        """Use a permit: open a connection. If that fails, the permit is still the claim's."""
         try:
             entry = PoolEntry(self)
         except BaseException as error:
-            self._budget.not_connected(self.member)
             if lost(error):  # while it was being set up: a failed attempt like any other
                 raise ShardUnavailable(self.name, explain(error, self.tried)[0]) from None
             raise
-        self._budget.connected(self.member)
+        self._budget.connected(self.member, entry, claim)
         entry.fenced.sealed = True  # set up: from now on a transaction starts with a gate, or not at all
         return entry
+
+    def lost(self, entry: PoolEntry) -> None:
+        """A connection is collected whose permit nobody gave back: an interrupt took it from whoever had it."""
+        self._budget.give_back(self.member, entry, False)
 
     def _usable(self, entry: PoolEntry) -> bool:
         """Whether a connection that lay idle can be used, without a round trip unless asked for."""
@@ -230,7 +243,7 @@ class ShardPool(Pool):
         try:
             entry.close()
         finally:
-            self._budget.gone(self.member)
+            self._budget.gone(self.member, entry)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         entry: Any = record
@@ -268,7 +281,7 @@ class ShardPool(Pool):
     def stats(self) -> PoolStats:
         """The figures of this moment."""
         member = self.member
-        with Section(self._budget):
+        with Section(self._budget), self._budget.lock:
             return PoolStats(
                 self.shard, self.name, self.role, member.size, member.idle_count, member.in_use,
                 member.connecting, len(member.waiting), member.breaker.state.value,
@@ -285,7 +298,7 @@ class ShardPool(Pool):
     def cold(self) -> bool:
         """Whether the next checkout here has to open a connection, and may."""
         member = self.member
-        with Section(self._budget):
+        with Section(self._budget), self._budget.lock:
             return not member.idle.get(self._owner()) and member.size < member.size_max
 
     # --------------------------------------------------------------------------------- physical connections
@@ -327,7 +340,7 @@ class ShardPool(Pool):
         """The endpoint by the latest topology; a new one has no failures yet."""
         dsn = self.endpoint()
         if dsn != self.tried:
-            with Section(self._budget):
+            with Section(self._budget), self._budget.lock:
                 self.member.breaker = self._new_breaker()
         self.tried = dsn
         return dsn
@@ -349,16 +362,15 @@ class ShardPool(Pool):
         entry.idle_since = now = monotonic()
         entry.expires_at = now + jittered_lifetime_s(self.context.options.max_lifetime_s, jitter)
         entry.epoch = self.member.epoch
-        entry.counted = True
         entry.set_up_until = now + self.context.options.connect_timeout_s
         entry.dsn = dsn
-        with Section(self._budget):
+        with Section(self._budget), self._budget.lock:
             self._entries.add(entry)
 
     def cut_hanging(self) -> None:
         """Cut connections whose server took the login and then fell silent; whoever waits gets an error."""
         now = monotonic()
-        with Section(self._budget):
+        with Section(self._budget), self._budget.lock:
             entries = list(self._entries)
         for entry in entries:
             if entry.set_up_until <= now:

@@ -209,7 +209,7 @@ def test_what_comes_back_in_the_middle_of_a_decision_is_not_forgotten() -> None:
     world = World()
     a = world.member("a", size_max=1)
     entry = world.opened(a)
-    with Section(world.budget):
+    with Section(world.budget), world.budget.lock:
         ticket = Ticket(ThreadWaits().waiter(), None, 99)
         a.waiting[ticket] = None
         world.budget._queues[a] = a.waiting
