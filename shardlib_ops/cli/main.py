@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from shardlib_ops.cli import demo, local, render
+from shardlib_ops.cli import cluster, demo, local, render
 
 __all__ = ["app", "main"]
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(local.app, name="local")
+app.add_typer(cluster.app, name="cluster")
 app.command()(demo.demo)
 
 

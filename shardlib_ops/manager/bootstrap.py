@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import psycopg
+from psycopg import errors
 
 from shardlib.catalog.base import Catalog, Conflict
 from shardlib.dsn import Dsn, scrub
-from shardlib.errors import InvalidArgument, InvalidTopology, ShardUnavailable, UnsupportedOperation
+from shardlib.errors import InvalidArgument, InvalidTopology, LockTimeout, ShardUnavailable, UnsupportedOperation
 from shardlib.fence.gate import install, open_gate
+from shardlib.fence.verdict import lost_connection
 from shardlib.ring.build import VNODES_MAX
 from shardlib.token import hash_of
 from shardlib.topology import Shard, Topology
@@ -27,6 +29,8 @@ _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
 _ID: Final = re.compile(r"s[0-9]+")
 _OLDEST: Final = 15
 """The least major version of PostgreSQL."""
+_LOCK_S: Final = 10.0
+"""How long `install` and `open_gate` wait for a lock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +85,10 @@ def create_cluster(
         the published topology.
 
     Raises:
-        InvalidArgument: an unknown hash function.
+        InvalidArgument: an unknown hash function, or an application's role that a server does not know.
         InvalidTopology: the catalog is not empty, or the database of a shard belongs to a cluster already.
         ShardUnavailable: a shard's primary could not be reached.
-        UnsupportedOperation: a server is a replica, or too old.
+        UnsupportedOperation: a server is a replica, or too old, or its role may not create the schema.
         CatalogUnavailable: the catalog did not answer. Run it again: if the topology was published after all,
             that says so.
     """
@@ -101,8 +105,9 @@ def create_cluster(
         for shard, connection in opened:
             if not _has_schema(connection):
                 undo.callback(_take_back, connection, cluster_id)
-            install(connection, cluster_id=cluster_id, shard_id=shard.id, roles=tuple(app_roles))
-            open_gate(connection, topology.default_gate(shard.id))
+            with _explained(shard, connection, app_roles):
+                install(connection, cluster_id=cluster_id, shard_id=shard.id, roles=tuple(app_roles))
+                open_gate(connection, topology.default_gate(shard.id))
         # From here on the topology may be there even if the call fails.
         undo.pop_all()
         try:
@@ -168,6 +173,29 @@ def _check_server(shard: Shard, connection: psycopg.Connection[Any]) -> None:
             f"{shard.primary} is a replica and cannot be the primary of shard {shard.name!r}",
             "give the address of its primary",
         )
+
+
+@contextmanager
+def _explained(shard: Shard, connection: psycopg.Connection[Any], app_roles: Sequence[str]) -> Iterator[None]:
+    """What a server refuses while it is prepared, in our own words."""
+    try:
+        yield
+    except errors.InsufficientPrivilege as error:
+        info = connection.info
+        raise UnsupportedOperation(
+            f"the role {info.user!r} may not prepare shard {shard.name!r}: {error.diag.message_primary}",
+            f'let it: GRANT CREATE ON DATABASE "{info.dbname}" TO "{info.user}"',
+        ) from None
+    except errors.UndefinedObject as error:
+        raise InvalidArgument(
+            "app_roles", list(app_roles), f"roles that exist on shard {shard.name!r}: {error.diag.message_primary}"
+        ) from None
+    except errors.LockNotAvailable:
+        raise LockTimeout(shard.name, _LOCK_S, "somebody else changes its schema shardlib") from None
+    except psycopg.OperationalError as error:
+        if not lost_connection(error):
+            raise
+        raise ShardUnavailable(shard.name, scrub(str(error).strip(), shard.primary.reveal())) from None
 
 
 def _has_schema(connection: psycopg.Connection[Any]) -> bool:
