@@ -48,8 +48,19 @@ def up(
     as_json: AsJson = False,
 ) -> None:
     """Start a cluster that runs until `local down`, or start the one in the folder again with its data."""
-    from shardlib_ops.local import detached
+    import shlex
 
+    from shardlib.errors import InvalidArgument
+    from shardlib_ops.local import detached, registry
+
+    folder = _folder(directory)
+    if (owner := registry.owner_of(folder)) is not None:
+        this = "" if directory is None else f" --dir {shlex.quote(str(directory))}"
+        raise InvalidArgument(
+            "dir", str(folder),
+            f"a cluster runs in it already (process {owner}); see it with `{render.program()} local status{this}`, "
+            f"stop and remove it with `{render.program()} local down{this}`",
+        )  # fmt: skip
     options = {
         "shards": shards,
         "replicas": replicas,
@@ -60,7 +71,7 @@ def up(
         "durable": durable,
         "pg_bin": None if pg_bin is None else str(pg_bin.absolute()),
     }
-    found = detached.up(_folder(directory), options, timeout)
+    found = detached.up(folder, options, timeout)
     _show(found, as_json=as_json)
 
 
@@ -80,7 +91,7 @@ def status(
     elif as_json:
         render.document({"running": False, "directory": str(folder)})
     else:
-        render.console().print(f"no cluster in {folder}; start one with: shardlib-ops local up", markup=False)
+        render.console().print(f"no cluster in {folder}; start one with: {render.program()} local up", markup=False)
     if found is None or not found.running:
         raise typer.Exit(_NOT_RUNNING)
 

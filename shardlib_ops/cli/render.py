@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "document", "failure", "table"]
+__all__ = ["console", "document", "failure", "program", "table"]
 
 _PIPE_WIDTH = 240
+_PROGRAM = "shardlib-ops"
 
 
 def console(*, error: bool = False) -> Console:
@@ -24,6 +28,18 @@ def console(*, error: bool = False) -> Console:
         # A pipe has no width: a cut address would be of no use to who reads it.
         found.width = _PIPE_WIDTH
     return found
+
+
+def program() -> str:
+    """How to type this program so that it is found from here, as it was started: often it is not on PATH."""
+    started = Path(sys.argv[0])
+    if started.name != _PROGRAM:
+        return f"{shlex.quote(sys.executable)} -m shardlib_ops.cli.main"
+    on_path = shutil.which(_PROGRAM)
+    if on_path is not None and Path(on_path).absolute() == started.absolute():
+        return _PROGRAM
+    here, absolute = Path.cwd(), started.absolute()
+    return shlex.quote(str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute))
 
 
 def document(content: object) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -261,7 +262,8 @@ class LocalCluster:
         token = secrets.token_hex(4)
         base = Path(tempfile.gettempdir()).resolve()
         self._directory = self._wanted or base / f"shardlib-{token}"
-        self._check_directory()
+        with self._fit():
+            self._check_directory()
         near = self._directory / "s"
         self._sockets = near if len(str(near)) <= _SOCKET_PATH_MAX else base / f"shardlib-s-{token}"
         self._owner = os.getpid()
@@ -270,16 +272,29 @@ class LocalCluster:
         except registry.OccupiedError as held:
             raise InvalidArgument("directory", str(self._directory), f"{held}: stop that first") from None
         self._watchdog = watchdog.spawn(self._entry)
-        # Others pass, for the servers' account, but cannot look around.
-        places.make(self._directory, 0o711 if self._account else 0o700, fresh=temporary)
-        places.make(self._sockets, 0o700)
-        if self._account is not None:
-            os.chown(self._sockets, self._account.uid, self._account.gid)
-        found = plan.load(self._directory)
+        with self._fit():
+            # Others pass, for the servers' account, but cannot look around.
+            places.make(self._directory, 0o711 if self._account else 0o700, fresh=temporary)
+            places.make(self._sockets, 0o700)
+            if self._account is not None:
+                os.chown(self._sockets, self._account.uid, self._account.gid)
+            found = plan.load(self._directory)
         if found is not None:
             self._remember(self._again(found))
         else:
             self._remember(plan.make(self._options, self._postgres.version, self._ports.take))
+
+    @contextlib.contextmanager
+    def _fit(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = "" if error.filename in (None, str(self._directory)) else f": {error.filename}"
+            raise InvalidArgument(
+                "directory",
+                str(self._directory),
+                f"a folder that can be made, read and written to ({error.strerror or error}{where})",
+            ) from None
 
     def _check_directory(self) -> None:
         there = next(folder for folder in (self._directory, *self._directory.parents) if folder.exists())

@@ -81,17 +81,16 @@ def up(directory: Path, options: Mapping[str, Any], timeout_s: float) -> Status:
     if keeper.stdout is None:
         raise InvalidTopology("the keeper of the cluster has no output", "this is a fault of shardlib: report it")
     # The first servers, their replicas, the catalog and the topology, one after the other.
+    within_s = 4 * timeout_s + 10
     with keeper.stdout as answer:
-        ready, _, _ = select.select([answer], [], [], 4 * timeout_s + 10)
+        ready, _, _ = select.select([answer], [], [], within_s)
         line = answer.readline() if ready else b""
     if not line:
         with contextlib.suppress(ProcessLookupError):
             keeper.terminate()
-        keeper.wait(_END_S)
-        raise UnsupportedOperation(
-            f"the cluster in {directory} did not start within {4 * timeout_s + 10:g} s",
-            "look at the logs in it",
-        )
+        code = keeper.wait(_END_S)
+        how = f"its process ended with {code} and said nothing" if ready else f"not within {within_s:g} s"
+        raise UnsupportedOperation(f"the cluster in {directory} did not start: {how}", "look at the logs in it")
     said = json.loads(line)
     if "error" in said:
         keeper.wait(_END_S)
@@ -198,6 +197,10 @@ def main(arguments: list[str]) -> None:
             signal.pause()
     except ShardlibError as error:
         _say({"error": str(error), "kind": type(error).__name__, "arguments": error.args})
+    except Exception as error:
+        what = f"the cluster in {directory} did not start: {type(error).__name__}: {error}"
+        _say({"error": what, "kind": "UnsupportedOperation", "arguments": [what, "look at the logs in it"]})
+        raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if cluster is not None:

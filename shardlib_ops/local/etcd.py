@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import signal
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Final
 
 from shardlib.errors import CatalogUnavailable
 from shardlib_ops.local.ports import HOST
-from shardlib_ops.local.process import Daemon, wait_until
+from shardlib_ops.local.process import Daemon, Server, wait_until
 
 __all__ = ["EtcdSpec", "LocalEtcd"]
 
@@ -31,7 +30,7 @@ class EtcdSpec:
     peer_port: int
 
 
-class LocalEtcd:
+class LocalEtcd(Server):
     """One etcd member. All methods are idempotent, thread-safe and bounded in time.
 
     Args:
@@ -69,8 +68,7 @@ class LocalEtcd:
             command += ["--heartbeat-interval", "20", "--election-timeout", "200"]
         if not durable:
             command.append("--unsafe-no-fsync")
-        self._daemon = Daemon(spec.name, command, self.log, {"PATH": os.defpath, "HOME": str(home)}, None)
-        self._lock = threading.RLock()
+        super().__init__(Daemon(spec.name, command, self.log, {"PATH": os.defpath, "HOME": str(home)}, None))
 
     @property
     def name(self) -> str:
@@ -86,16 +84,6 @@ class LocalEtcd:
     def url(self) -> str:
         """Its client URL."""
         return f"http://{HOST}:{self._spec.port}"
-
-    @property
-    def pid(self) -> int | None:
-        """Its process number; None while it is down."""
-        return self._daemon.pid
-
-    @property
-    def running(self) -> bool:
-        """Whether its process exists; a paused member runs."""
-        return self.pid is not None
 
     def __repr__(self) -> str:
         return f"LocalEtcd({self.name!r}, {self.url!r}, {'running' if self.running else 'down'})"
@@ -143,18 +131,3 @@ class LocalEtcd:
         """Shut it down."""
         with self._lock:
             self._daemon.end([(signal.SIGTERM, _STOP_S)])
-
-    def kill(self) -> None:
-        """SIGKILL it, and wait until it is gone. What it acknowledged survives in its data folder."""
-        with self._lock:
-            self._daemon.kill()
-
-    def pause(self) -> None:
-        """SIGSTOP it: it hangs, its connections stay open."""
-        with self._lock:
-            self._daemon.freeze()
-
-    def resume(self) -> None:
-        """SIGCONT it."""
-        with self._lock:
-            self._daemon.thaw()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from shardlib.errors import InvalidArgument, ShardUnavailable
 from shardlib_ops.local import template
 from shardlib_ops.local.binaries import Postgres
 from shardlib_ops.local.ports import HOST
-from shardlib_ops.local.process import Account, Daemon, free_shared_memory, running_in, wait_until
+from shardlib_ops.local.process import Account, Daemon, Server, free_shared_memory, running_in, wait_until
 
 __all__ = ["LocalServer", "ServerSpec"]
 
@@ -68,7 +67,7 @@ class ServerSpec:
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
-class LocalServer:
+class LocalServer(Server):
     """One PostgreSQL server. All methods are idempotent, thread-safe and bounded in time.
 
     Args:
@@ -96,8 +95,7 @@ class LocalServer:
         self.log: Path = home / "postgres.log"
         """The server's log."""
         command = [postgres.program("postgres"), "-D", str(self.data)]
-        self._daemon = Daemon(self.name, command, self.log, postgres.environment(home), owner)
-        self._lock = threading.RLock()
+        super().__init__(Daemon(spec.name, command, self.log, postgres.environment(home), owner))
 
     @property
     def name(self) -> str:
@@ -123,16 +121,6 @@ class LocalServer:
     def role(self) -> Literal["primary", "replica"]:
         """What it is now, or will be when started: a promoted replica is a primary."""
         return "replica" if (self.data / "standby.signal").exists() else "primary"
-
-    @property
-    def pid(self) -> int | None:
-        """Process number of its postmaster; None while it is down."""
-        return self._daemon.pid
-
-    @property
-    def running(self) -> bool:
-        """Whether its processes exist; a paused server runs."""
-        return self.pid is not None
 
     def __repr__(self) -> str:
         state = "running" if self.running else "down"
@@ -168,21 +156,6 @@ class LocalServer:
         with self._lock:
             fast = [] if immediate else [(signal.SIGINT, _STOP_S)]
             self._daemon.end([*fast, (signal.SIGQUIT, _IMMEDIATE_S)])
-
-    def kill(self) -> None:
-        """SIGKILL all its processes and wait until they are gone. What was committed survives."""
-        with self._lock:
-            self._daemon.kill()
-
-    def pause(self) -> None:
-        """SIGSTOP all its processes: it hangs, its connections stay open."""
-        with self._lock:
-            self._daemon.freeze()
-
-    def resume(self) -> None:
-        """SIGCONT all its processes."""
-        with self._lock:
-            self._daemon.thaw()
 
     def create(self) -> None:
         """Make the data folder of a primary from the cached template, unless it exists."""

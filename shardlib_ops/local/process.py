@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Final, NamedTuple
 __all__ = [
     "Account",
     "Daemon",
+    "Server",
     "account",
     "children_of",
     "free_shared_memory",
@@ -285,3 +287,40 @@ class Daemon:
             return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
         except OSError:
             return ""
+
+
+class Server:
+    """What every server of a cluster can be made to do. Its methods are idempotent, thread-safe and bounded in time.
+
+    Args:
+        daemon: its process.
+    """
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._lock = threading.RLock()
+
+    @property
+    def pid(self) -> int | None:
+        """Number of its (first) process; None while it is down."""
+        return self._daemon.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether its processes exist; a paused server runs."""
+        return self.pid is not None
+
+    def kill(self) -> None:
+        """SIGKILL all its processes and wait until they are gone. What it acknowledged is in its data folder."""
+        with self._lock:
+            self._daemon.kill()
+
+    def pause(self) -> None:
+        """SIGSTOP all its processes: it hangs, its connections stay open."""
+        with self._lock:
+            self._daemon.freeze()
+
+    def resume(self) -> None:
+        """SIGCONT all its processes."""
+        with self._lock:
+            self._daemon.thaw()

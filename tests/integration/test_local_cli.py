@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import psycopg
 import pytest
 
 from shardlib.catalog import open_catalog
+from shardlib_ops.cli import render
 from shardlib_ops.local.process import running_in
 from tests.support.eventually import eventually
 
@@ -102,11 +104,42 @@ def test_errors_say_what_is_wrong(folder: str) -> None:
     assert refused["error"] == "InvalidArgument"
     assert "shards=0 is not allowed" in refused["message"]
     told("local", "up", "--dir", folder, "--shards", "1")
-    assert "runs the cluster in it" in run("local", "up", "--dir", folder, "--shards", "1", code=1)
+    again = run("local", "up", "--dir", folder, "--shards", "1", code=1)
+    assert f"local down --dir {folder}`" in again
+    assert "a cluster runs in it already" in again
     with tempfile.TemporaryDirectory(prefix="mine-") as mine:
         (Path(mine) / "thesis.txt").touch()
         assert "the folder of a local cluster" in run("local", "down", "--dir", mine, code=1)
         assert (Path(mine) / "thesis.txt").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_the_reason(tmp_path: Path) -> None:
+    if os.geteuid() == 0 and not Path("/proc/self").exists():
+        pytest.skip("root may write everywhere here")
+    tmp_path.chmod(0o555)
+    place = "/proc/up" if os.geteuid() == 0 else str(tmp_path / "up")
+    began = time.monotonic()
+    refused = told("local", "up", "--dir", place, "--shards", "1", code=1)
+    assert refused["error"] == "InvalidArgument"
+    assert place in refused["message"]
+    assert "can be made, read and written to" in refused["message"]
+    assert time.monotonic() - began < 30
+
+
+def test_the_command_is_named_as_it_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / ".venv" / "bin" / "shardlib-ops"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(program), "demo"])
+    monkeypatch.chdir(tmp_path)
+    assert render.program() == ".venv/bin/shardlib-ops"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert render.program() == str(program)
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert render.program() == "shardlib-ops"
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    assert render.program() == f"{sys.executable} -m shardlib_ops.cli.main"
 
 
 def test_help_loads_nothing_heavy() -> None:
