@@ -23,6 +23,7 @@ from shardlib.route.consistency import Consistency
 from shardlib.route.retry import next_wait
 from shardlib.session.aio import AsyncShardedSession
 from shardlib.session.twophase import Settled
+from shardlib.shard import PoolStats
 from shardlib.topology import Shard, Topology
 
 __all__ = ["AsyncShardedEngine"]
@@ -75,6 +76,10 @@ class AsyncShardedEngine:
     def shard_for(self, shard_key: object) -> Shard:
         """The shard that owns a key by the topology in memory."""
         return self.sync_engine.shard_for(shard_key)
+
+    def pool_status(self) -> list[PoolStats]:
+        """See `ShardedEngine.pool_status`."""
+        return self.sync_engine.pool_status()
 
     def session(self, shard_key: object = _NO_KEY, **options: Any) -> AsyncShardedSession:
         """See `ShardedEngine.session`."""

@@ -42,7 +42,7 @@ from shardlib.session.core import Core
 from shardlib.session.instances import InstanceKeys
 from shardlib.session.session import ShardedSession
 from shardlib.session.twophase import Settled, settle
-from shardlib.shard import PoolOptions, ShardConnection, ShardPools
+from shardlib.shard import PoolOptions, PoolStats, ShardConnection, ShardPools
 from shardlib.token import token_of
 from shardlib.topology import Shard, Topology
 from shardlib.waits import GreenletWaits, ThreadWaits, Ticker
@@ -190,6 +190,13 @@ class ShardedEngine:
             InvalidShardKey: the value cannot be a key.
         """
         return self._cache.current.shard_of(self._token(shard_key))
+
+    def pool_status(self) -> list[PoolStats]:
+        """The connection pools at this moment, by shard: open, idle and in use, and how many callers wait.
+
+        Pools of shards that nothing was sent to yet are left out. Reads memory: no server is asked.
+        """
+        return self._core.pools.stats()
 
     def _topology_changed(self, topology: Topology) -> None:
         kept = {shard.id for shard in topology.shards}
