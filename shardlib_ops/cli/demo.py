@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated, cast
 
 import typer
 
@@ -11,14 +11,16 @@ from shardlib_ops.cli import render
 
 __all__ = ["demo"]
 
-_PIPE_WIDTH = 100
+_PIPE_WIDTH = 1000
+"""A pipe or a file has no width: no sentence is broken there."""
 
 
 def demo(
     shards: Annotated[int, typer.Option(help="Number of shards, 2 to 16.")] = 3,
     replicas: Annotated[int, typer.Option(help="Replicas of each shard.")] = 0,
     rows: Annotated[
-        int | None, typer.Option(help="Read at most that many flights, for a quick run.", show_default=False)
+        int | None,
+        typer.Option(help="Read at most that many flights, for a quick run: 1000 at least.", show_default=False),
     ] = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the servers running until `shardlib-ops local down`.")
@@ -31,13 +33,14 @@ def demo(
     from rich.console import Console
 
     from shardlib_ops.demo.story import Options, tell
-    from shardlib_ops.demo.teller import Teller
+    from shardlib_ops.demo.teller import Teller, Trimmed
 
-    options = Options(shards, replicas, rows, output, keep)
+    options = Options(shards, replicas, rows, output, keep, program=render.program())
     # NO_COLOR and a terminal without colours are seen by Rich itself.
     console = Console(quiet=as_json, no_color=no_color or None, highlight=False)
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
+        console.file = cast("IO[str]", Trimmed(console.file))
     teller = Teller(console)
     tell(teller, options)
     if as_json:

@@ -62,9 +62,10 @@ def planes_made_by(engine: ShardedEngine, manufacturer: str) -> Sequence[Plane]:
 
 
 def longest_delays(engine: ShardedEngine) -> Sequence[int | None]:
-    """Rows of all shards in one order would have to be merged: this is refused, not answered wrongly."""
+    """The first rows of all shards in one order would have to be merged: refused, not answered wrongly."""
     with engine.session() as session:
-        query = select(Flight.delay).order_by(Flight.delay.desc().nulls_last())
+        longest_first = Flight.delay.desc().nulls_last()
+        query = select(Flight.delay).order_by(longest_first)
         return session.scalars(query.limit(3)).all()
 
 
@@ -73,7 +74,8 @@ def longest_delays_of_each_shard(engine: ShardedEngine, one_key_each: Sequence[s
     delays: list[int] = []
     for key in one_key_each:
         with engine.session(key) as session:
-            query = select(Flight.delay).order_by(Flight.delay.desc().nulls_last())
+            longest_first = Flight.delay.desc().nulls_last()
+            query = select(Flight.delay).order_by(longest_first)
             part = session.scalars(query.limit(3))
             delays += [delay for delay in part if delay is not None]
     return sorted(delays, reverse=True)[:3]

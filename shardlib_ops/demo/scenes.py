@@ -62,7 +62,7 @@ def one_key(scene: Scene) -> None:
     teller.step("Core, on the key's shard: all of SQL works there. Airports are a reference table:")
     with _shown(teller, acts.favourite_destinations) as took:
         favourites = acts.favourite_destinations(engine, tailnum)
-    places = ", ".join(f"{name} {count} times" for name, count in favourites)
+    places = ", ".join(f"{name} {'once' if count == 1 else f'{count} times'}" for name, count in favourites)
     teller.found(f"{shard}: {places}  {took()}")
 
 
@@ -85,10 +85,12 @@ def many_keys(scene: Scene) -> None:
     of_file = facts.made_by[_MANUFACTURER]
     teller.check("the same planes as in the file", sorted(plane.tailnum for plane in found) == sorted(of_file))
 
-    teller.step("Rows of all shards in one order would have to be merged: refused, not answered wrongly.")
+    teller.step(
+        "ORDER BY and LIMIT over all shards: their rows would have to be merged. Refused, not answered wrongly."
+    )
     teller.code(acts.longest_delays)
     refused = _refusal(UnsupportedCrossShardQuery, lambda: acts.longest_delays(engine))
-    teller.expect(refused, "an order over all shards is refused")
+    teller.expect(refused, "the longest delays of all shards at once are refused")
     teller.step("What to write instead: ask each shard by a key of its own, and put the parts together.")
     with _shown(teller, acts.longest_delays_of_each_shard) as took:
         delays = acts.longest_delays_of_each_shard(engine, scene.planes)
@@ -141,8 +143,7 @@ def old_map(scene: Scene) -> None:
         "Each transaction passes a gate in its shard's database, in the same message as BEGIN. Whoever moves rows "
         "closes it, and then a client that has not heard of it cannot write to where they were."
     )
-    teller.step("The operator's side, while clients write:")
-    teller.code(fence.renew_gate)
+    teller.step("One client is cut off: it starts from a map that it once saved, and no catalog answers it. It warns:")
     with (
         closing(open_catalog(scene.url)) as catalog,
         psycopg.connect(shard.primary.conninfo(), autocommit=True) as server,
@@ -151,6 +152,8 @@ def old_map(scene: Scene) -> None:
     ):
         fence.inspect(lost, tailnums[0])
         teller.found(f"{lost!r} started from its saved map, and can write")
+        teller.step("The operator's side, while other clients write:")
+        teller.code(fence.renew_gate)
         closed: list[bool] = []
         with fence.AtWork(engine, tailnums) as clients:
             for _ in range(_GATES):

@@ -34,6 +34,7 @@ class Options:
         output: folder of the picture.
         keep: leave the cluster running.
         rounds: queries by each way when latency is measured.
+        program: how to type `shardlib-ops` here, for what to try next.
 
     Raises:
         InvalidArgument: a value that is not allowed.
@@ -45,6 +46,7 @@ class Options:
     output: Path = Path("demo-output")
     keep: bool = False
     rounds: int = 1500
+    program: str = "shardlib-ops"
 
     def __post_init__(self) -> None:
         if not 2 <= self.shards <= 16:
@@ -101,7 +103,7 @@ def cluster(teller: Teller, options: Options) -> Iterator[str]:
     folder = detached.default_directory()
     if detached.status(folder) is not None:
         raise InvalidArgument(
-            "keep", True, f"a local cluster is in {folder} already; remove it first: shardlib-ops local down"
+            "keep", True, f"a local cluster is in {folder} already; remove it first: {options.program} local down"
         )
     with teller.waiting(f"Starting {wanted} ..."):
         url = detached.up(folder, {"shards": options.shards, "replicas": options.replicas}, _START_S).url
@@ -158,6 +160,8 @@ def fill(teller: Teller, engine: ShardedEngine, data: FlightData, output: Path) 
 
 def farewell(teller: Teller, options: Options) -> None:
     """What came of it, and what to try next."""
+    from shardlib_ops.local import places
+
     wrong = [what for what, holds in teller.checks if not holds]
     teller.chapter("The end")
     if wrong:
@@ -165,17 +169,22 @@ def farewell(teller: Teller, options: Options) -> None:
     else:
         teller.say(f"All {len(teller.checks)} checks held. It took {teller.summary['elapsed_s']} s.", "bold green")
     if options.keep:
-        teller.step("The servers stay until you run: shardlib-ops local down")
+        teller.step(f"The servers stay until you run: {options.program} local down")
         teller.say(
             f"  from Python   ShardedEngine({teller.summary['url']!r})\n"
-            "  with psql     shardlib-ops local status --reveal    shows the addresses with their passwords"
+            "  with psql     {options.program} local status --reveal    shows the addresses with their passwords"
         )
         return
-    teller.say("The servers are stopped, and nothing of them stays.")
-    teller.step("To try next")
     teller.say(
-        "  shardlib-ops demo --keep          the servers stay for you to look around\n"
-        "  shardlib-ops demo --shards 8      more shards\n"
-        "  shardlib-ops local up             an empty cluster for tables of your own\n"
-        "  docs/tutorial.md                  from nothing to a sharded application"
+        f"The servers are stopped and their data is removed. What stays: the picture in {options.output}, and in "
+        f"{places.cache()} a template of an empty server, from which the next ones start faster."
     )
+    teller.step("To try next")
+    tries = {
+        f"{options.program} demo --keep": "the servers stay for you to look around",
+        f"{options.program} demo --shards 8": "more shards",
+        f"{options.program} local up": "an empty cluster for tables of your own",
+        "docs/tutorial.md": "from nothing to a sharded application",
+    }
+    width = max(map(len, tries))
+    teller.say("\n".join(f"  {what:{width}}   {why}" for what, why in tries.items()))

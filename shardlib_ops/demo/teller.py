@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import logging
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final
+from typing import IO, Final
 
 from rich.console import Console
 from rich.padding import Padding
@@ -17,7 +19,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Teller"]
+__all__ = ["Teller", "Trimmed"]
 
 _INDENT: Final = 3
 _BAR_WIDTH: Final = 40
@@ -89,6 +91,8 @@ class Teller:
         """A class, or the body of a function, just as it runs."""
         text = Syntax("", "python", theme="ansi_dark").highlight(source_of(shown))
         text.rstrip()
+        # Rich would cut a line that is too long for the terminal.
+        text.no_wrap, text.overflow = False, "fold"
         self._console.print(Padding(text, (0, 0, 0, _INDENT + 2), expand=False))
 
     def table(self, columns: Mapping[str, str], rows: list[list[str]]) -> None:
@@ -152,6 +156,31 @@ class Teller:
         row.add_column(overflow="fold")
         row.add_row(Text(mark, style=style), Text(text))
         self._console.print(Padding(row, (0, 0, 0, _INDENT), expand=False))
+
+
+class Trimmed(io.TextIOBase):
+    """A text file in front of another that leaves out blanks at the end of lines, with which Rich fills its boxes."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """That of the file itself: Rich asks whether it can show more than ASCII."""
+        return str(getattr(self._file, "encoding", None) or "utf-8")
+
+    def write(self, text: str) -> int:
+        """Write whole lines, as Rich does."""
+        self._file.write(re.sub(r"[ \t]+(?=\n)", "", text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the file."""
+        self._file.flush()
+
+    def isatty(self) -> bool:
+        """It is none, and neither is the file."""
+        return False
 
 
 class _Heard(logging.Handler):

@@ -49,4 +49,7 @@ def test_an_answer_that_is_wrong_is_told_and_ends_in_failure(tmp_path: Path, mon
     assert result.exit_code == 1
     assert "NOT SO: each of them once" in result.output
     assert "1 of 14 checks did NOT hold" in result.output
+    lines = result.output.splitlines()
+    assert [line for line in lines if line != line.rstrip()] == []
+    assert any(line.strip().startswith("→ UnsupportedCrossShardQuery") and "parts together" in line for line in lines)
     assert "\x1b" not in result.output, "what is no terminal gets neither colours nor moving lines"

@@ -12,10 +12,12 @@ import pytest
 from rich.console import Console
 
 from shardlib.errors import InvalidArgument
+from shardlib_ops.demo import acts, fence
 from shardlib_ops.demo.latency import percentile
+from shardlib_ops.demo.models import Plane
 from shardlib_ops.demo.picture import spread_svg, unevenness
 from shardlib_ops.demo.story import Options
-from shardlib_ops.demo.teller import Teller, source_of
+from shardlib_ops.demo.teller import Teller, Trimmed, source_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -92,6 +94,33 @@ def test_what_is_no_terminal_gets_whole_lines() -> None:
     with teller.waiting("Starting ..."):
         pass
     assert printed(out).split() == ["Starting", "..."]
+
+
+def test_all_code_that_is_shown_fits_a_terminal_of_80_columns() -> None:
+    shown = [*(getattr(acts, name) for name in acts.__all__), fence.renew_gate, Plane]
+    indent = len("     ")
+    long = [line for each in shown for line in source_of(each).splitlines() if indent + len(line) > 80]
+    assert long == []
+
+
+def test_code_is_folded_where_even_that_does_not_fit() -> None:
+    out = io.StringIO()
+    Teller(Console(file=out, width=30, highlight=False)).code(acts.favourite_destinations)
+    text = "".join(out.getvalue().split())
+    assert text == "".join(source_of(acts.favourite_destinations).split())
+
+
+def test_lines_of_a_file_end_without_blanks() -> None:
+    out = io.StringIO()
+    console = Console(file=Trimmed(out), width=100, highlight=False)  # type: ignore[arg-type]
+    teller = Teller(console)
+    teller.code(one_act)
+    teller.table({"a": "left", "b": "left"}, [["1", "2"], ["longer", "longer still"]])
+    teller.found("something")
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 6
+    assert [line for line in lines if line != line.rstrip()] == []
+    assert "     # shown" in lines
 
 
 def test_warnings_of_the_library_are_part_of_the_story_once() -> None:
