@@ -374,12 +374,13 @@ class ShardedEngine:
             InvalidShardKey: a column cannot be a shard key.
             InvalidTopology: the cluster has recorded a table with another key.
             ShardUnavailable: a shard is not reachable; the others may have their tables already: run it again.
+            LockTimeout: transactions that use the tables did not end within 10 seconds; the message names them.
         """
         with self._schema_lock:
             SchemaChange(self._catalog, self._cache).create_all(metadata, app_roles=app_roles, checkfirst=checkfirst)
 
     def drop_all(self, metadata: MetaData, *, checkfirst: bool = True) -> None:
-        """Drop the tables on every shard and forget them in the catalog."""
+        """Drop the tables on every shard and forget them in the catalog. Raises as `create_all` does."""
         with self._schema_lock:
             SchemaChange(self._catalog, self._cache).drop_all(metadata, checkfirst=checkfirst)
             for table in metadata.tables.values():
