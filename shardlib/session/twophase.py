@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -30,6 +30,7 @@ from shardlib.fence.connection import AsyncFencedConnection, FencedConnection, d
 from shardlib.session.core import Core, as_sqlalchemy
 from shardlib.session.unit import Leg, Unit
 from shardlib.topology import Shard, Topology
+from shardlib.waits import ThreadWaits
 
 __all__ = ["Settled", "TwoPhase", "settle"]
 
@@ -175,11 +176,12 @@ def settle(topology: Topology, *, older_than_s: float, timeout_s: float = 5.0) -
     Returns:
         One entry for each transaction in doubt.
     """
-    if not topology.shards:
-        return []
-    with ThreadPoolExecutor(min(_SIDE_BY_SIDE, len(topology.shards)), "shardlib-settle") as threads:
-        found = threads.map(lambda shard: _settle_shard(topology, shard, older_than_s, timeout_s), topology.shards)
-        return [settled for of_shard in found for settled in of_shard]
+    # This thread works as well.
+    with closing(ThreadWaits(_SIDE_BY_SIDE - 1)) as waits:
+        found = waits.run_all(
+            [partial(_settle_shard, topology, shard, older_than_s, timeout_s) for shard in topology.shards]
+        )
+    return [settled for of_shard in found for settled in of_shard]
 
 
 def _settle_shard(topology: Topology, shard: Shard, older_than_s: float, timeout_s: float) -> list[Settled]:
