@@ -72,10 +72,18 @@ def one_core_for_the_client(cluster: LocalCluster) -> Iterator[None]:
 
 
 def turns(candidates: Mapping[str, Callable[[], object]], count: int) -> dict[str, float]:
-    """Median seconds of each candidate, one call each in turn, after a tenth as many to warm up."""
+    """Median seconds of each candidate, one call each in turn, after a tenth as many to warm up.
+
+    Each round begins with another candidate, and every other one goes backwards: what a candidate leaves behind in
+    caches, or to a server that still works, is met by all others alike.
+    """
     took: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
     for number in range(count + count // 10):
-        for name, work in candidates.items():
+        first, step = number % len(names), 1 if number // len(names) % 2 else -1
+        for place in range(len(names)):
+            name = names[(first + step * place) % len(names)]
+            work = candidates[name]
             began = time.perf_counter()
             work()
             ended = time.perf_counter()
@@ -296,7 +304,7 @@ def closing(cluster: LocalCluster, engine: ShardedEngine, rounds: int) -> list[R
         while not end.is_set():
             began = time.perf_counter()
             with engine.session(key) as session:
-                session.get(Item, (key, 1)).name = "w"
+                session.get_one(Item, (key, 1)).name = "w"
                 session.commit()
             took = time.perf_counter() - began
             if phase[0] == "quiet":

@@ -10,7 +10,8 @@ every isolation level.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Generator, Sequence
+from collections.abc import Awaitable, Generator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, cast
 
 import psycopg
@@ -48,7 +49,8 @@ else:
     _Base = object
 
 
-def lock_sql(gates: Sequence[int]) -> bytes:
+@lru_cache(maxsize=1024)
+def lock_sql(gates: tuple[int, ...]) -> bytes:
     """The statement that takes these gates. Gate numbers are integers, so nothing needs quoting."""
     if len(gates) == 1:
         return b"LOCK TABLE shardlib.gate_%d IN ACCESS SHARE MODE" % gates[0]
@@ -340,7 +342,7 @@ async def _outcome(running: asyncio.Future[None]) -> None:
 def drive(driver: FencedConnection | AsyncFencedConnection, generator: Generator[Any, Any, T]) -> T:
     """Run a generator of the connection to its end: blocking, or inside SQLAlchemy's greenlet for asyncio."""
     answer: Any = driver.wait(generator)
-    return cast("T", await_only(answer) if driver.is_async else answer)
+    return await_only(answer) if driver.is_async else answer  # type: ignore[no-any-return]
 
 
 def start(driver: FencedConnection | AsyncFencedConnection, gates: tuple[int, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["ending_statement"]
+__all__ = ["ending_statement", "plain_start"]
 
 _ENDS = re.compile(
     r"\s*(commit|end|abort|prepare\s+transaction|rollback(?!\s+(?:(?:work|transaction)\s+)?to\b))\b", re.IGNORECASE
@@ -20,6 +20,17 @@ _QUOTED = re.compile(
 """Literals, quoted names and comments, as PostgreSQL's lexer finds them. Of nested comments only the inner end counts,
 which shows more of the text than the server reads, never less."""
 _ATOMIC = re.compile(r"\bbegin\s+atomic\b", re.IGNORECASE)
+
+
+_PLAIN_STARTS = frozenset("SIUDWsiudw")
+
+
+def plain_start(query: str) -> bool:
+    """Whether a query is one statement with the first letter of SELECT, INSERT, UPDATE, DELETE or WITH.
+
+    None that ends a transaction begins like that, so `ending_statement` need not look at it.
+    """
+    return query[:1] in _PLAIN_STARTS and ";" not in query
 
 
 def ending_statement(query: str) -> str | None:

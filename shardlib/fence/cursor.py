@@ -8,7 +8,7 @@ import psycopg
 from psycopg.abc import PQGen
 
 from shardlib.errors import UnsupportedOperation
-from shardlib.fence.control import ending_statement
+from shardlib.fence.control import ending_statement, plain_start
 
 __all__ = ["AsyncFencedCursor", "FencedCursor"]
 
@@ -19,7 +19,7 @@ class _Guarded:
     def _start_query(self, query: Any = None) -> PQGen[None]:
         inner: Any = super()
         connection: Any = self._conn  # type: ignore[attr-defined]
-        if connection.sealed and query is not None:
+        if connection.sealed and query is not None and not (query.__class__ is str and plain_start(query)):
             word = ending_statement(_text_of(query, connection))
             if word is not None:
                 raise UnsupportedOperation(

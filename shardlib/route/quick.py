@@ -8,7 +8,7 @@ what is plainly so is taken; anything else is left to the full analysis.
 # ruff: noqa: SLF001
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,7 +22,7 @@ from sqlalchemy.types import TypeDecorator
 
 from shardlib.route.needs import Describe, Needs, Scope, TableKey
 
-__all__ = ["quick_needs"]
+__all__ = ["quick_key", "quick_needs"]
 
 _PLAIN = frozenset(
     {
@@ -40,10 +40,10 @@ _COMPARISONS = frozenset({operators.eq, operators.ne, operators.lt, operators.le
 class _Single:
     """A table that can be read the short way: the columns by hash, which annotated columns share with plain ones."""
 
-    __slots__ = ("columns", "key", "positions", "tables", "width")
+    __slots__ = ("columns", "encode", "positions", "tables", "width")
 
     def __init__(self, table: Table, key: TableKey) -> None:
-        self.key = key
+        self.encode = key.encode
         self.tables = (table,)
         self.width = len(key.key_names)
         self.columns = frozenset(hash(column) for column in table.c)
@@ -51,46 +51,56 @@ class _Single:
         self.positions = {hash(by_name[name]): index for index, name in enumerate(key.key_names)}
 
 
-_SINGLES: WeakKeyDictionary[Table, tuple[Describe, _Single | None]] = WeakKeyDictionary()
-_MAPPERS: WeakKeyDictionary[Mapper[Any], bool] = WeakKeyDictionary()
+_SINGLES: WeakKeyDictionary[Table | Mapper[Any], tuple[Describe, _Single | None]] = WeakKeyDictionary()
 
 
-def quick_needs(  # noqa: PLR0911 - each return leaves it to the full analysis
-    statement: Any, given: Mapping[str, Any], describe: Describe
-) -> Needs | None:
+def quick_needs(statement: Any, given: Mapping[str, Any], describe: Describe) -> Needs | None:
     """Return what a plain keyed SELECT needs, or None when the full analysis must look at it."""
+    found = quick_key(statement, given, describe)
+    return None if found is None else Needs(Scope.KEYED, (found[0],), False, found[1])
+
+
+def quick_key(  # noqa: PLR0911 - each return leaves it to the full analysis
+    statement: Any, given: Mapping[str, Any], describe: Describe
+) -> tuple[bytes, tuple[Table, ...]] | None:
+    """Return the key of a plain keyed SELECT and the table that it reads, or None for the full analysis."""
     if type(statement) is not Select:
         return None
     own = statement.__dict__
     if not (own.keys() <= _PLAIN) or own.get("_with_options") or own.get("_params") or own.get("_order_by"):
         return None
     # A lazy load adds one that keeps its reverse relationship lazy; the relationship is what it is kept under.
-    if not all(isinstance(key, RelationshipProperty) for _, key in own.get("_compile_state_funcs", ())):
+    hooks = own.get("_compile_state_funcs")
+    if hooks and not all(isinstance(key, RelationshipProperty) for _, key in hooks):
         return None
-    columns = own["_raw_columns"]
-    if len(columns) != 1 or "_where_criteria" not in own:
+    columns, criteria = own["_raw_columns"], own.get("_where_criteria")
+    if len(columns) != 1 or not criteria:
         return None
     single = _single(columns[0], describe)
     if single is None:
         return None
     values: list[Any] = [_UNSET] * single.width
-    for clause in _conjuncts(own["_where_criteria"]):
-        if not _take(clause, single, values, given):
+    for clause in criteria:
+        if clause.__class__ is BinaryExpression:
+            if not _take(clause, single, values, given):
+                return None
+            continue
+        for part in _conjuncts(clause):
+            if not _take(part, single, values, given):
+                return None
+    for value in values:
+        if value is _UNSET or value is None:
             return None
-    if _UNSET in values or None in values:
-        return None
-    return Needs(Scope.KEYED, (single.key.encode(tuple(values)),), False, single.tables)
+    return single.encode(tuple(values)), single.tables
 
 
 _UNSET = object()
 
 
-def _conjuncts(clauses: tuple[ClauseElement, ...]) -> Iterator[ClauseElement]:
-    for clause in clauses:
-        if isinstance(clause, BooleanClauseList) and clause.operator is operators.and_:
-            yield from clause.clauses
-        else:
-            yield clause
+def _conjuncts(clause: ClauseElement) -> Sequence[ClauseElement]:
+    if isinstance(clause, BooleanClauseList) and clause.operator is operators.and_:
+        return clause.clauses
+    return (clause,)
 
 
 def _take(  # noqa: PLR0911 - each return leaves it to the full analysis
@@ -102,10 +112,13 @@ def _take(  # noqa: PLR0911 - each return leaves it to the full analysis
     column, parameter = clause.left, clause.right
     if isinstance(column, BindParameter):
         column, parameter = parameter, column
-    if not isinstance(parameter, BindParameter) or hash(column) not in single.columns:
+    if not isinstance(parameter, BindParameter):
         return False
-    position = single.positions.get(hash(column))
-    if position is None or clause.operator is not operators.eq:
+    its = hash(column)
+    position = single.positions.get(its)
+    if position is None:
+        return its in single.columns
+    if clause.operator is not operators.eq:
         return True
     if parameter.expanding or values[position] is not _UNSET:
         return False
@@ -128,29 +141,30 @@ def _single(column: Any, describe: Describe) -> _Single | None:
     if not isinstance(column, Table):
         return None
     mapper = column._annotations.get("parententity")
-    if mapper is not None and not (isinstance(mapper, Mapper) and _plain_mapper(mapper)):
-        return None
-    table: Any = mapper.local_table if mapper is not None else column
-    found = _SINGLES.get(table)
+    if mapper is None:
+        if column._annotations:
+            return None
+    elif not isinstance(mapper, Mapper):
+        return None  # an alias
+    read = column if mapper is None else mapper
+    found = _SINGLES.get(read)
     if found is None or found[0] != describe:
         single = None
+        table: Any = column if mapper is None else mapper.local_table if _is_plain(mapper) else None
         if isinstance(table, Table) and not table._annotations:
             key = describe(table)
             single = None if key.reference else _Single(table, key)
-        found = _SINGLES[table] = (describe, single)
+        found = _SINGLES[read] = (describe, single)
     return found[1]
 
 
-def _plain_mapper(mapper: Mapper[Any]) -> bool:
+def _is_plain(mapper: Mapper[Any]) -> bool:
     """Whether a mapper reads its one table and nothing else, whatever its loaders do."""
-    found = _MAPPERS.get(mapper)
-    if found is None:
-        found = _MAPPERS[mapper] = (
-            not mapper.inherits
-            and mapper.polymorphic_on is None
-            and isinstance(mapper.local_table, Table)
-            and mapper.persist_selectable is mapper.local_table
-            and not any(relationship.lazy in {"joined", False} for relationship in mapper.relationships)
-            and all(isinstance(column, Column) for prop in mapper.column_attrs for column in prop.columns)
-        )
-    return found
+    return (
+        not mapper.inherits
+        and mapper.polymorphic_on is None
+        and isinstance(mapper.local_table, Table)
+        and mapper.persist_selectable is mapper.local_table
+        and not any(relationship.lazy in {"joined", False} for relationship in mapper.relationships)
+        and all(isinstance(column, Column) for prop in mapper.column_attrs for column in prop.columns)
+    )

@@ -166,7 +166,8 @@ class Core:
             ShardUnavailable: the shard is inactive, or not reachable.
             PoolTimeout: no connection became free in time.
         """
-        self.check_open()
+        if self.closed:
+            self.check_open()
         if shard.status is Status.INACTIVE:
             raise ShardUnavailable(shard.name, "its status is inactive")
         engine = self.pools.engine(shard.id)

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import Table, inspect
 from sqlalchemy.orm import Mapper
+from sqlalchemy.orm.attributes import instance_state
 
 from shardlib.errors import ShardKeyChanged, ShardKeyRequired, UnsupportedOperation
 from shardlib.key.declare import KeySpec
@@ -48,7 +49,7 @@ class InstanceKeys:
             ShardKeyChanged: the key of a persistent object was changed.
             UnsupportedOperation: the object is a row of a reference table.
         """
-        state: Any = inspect(instance)
+        state: Any = instance_state(instance)
         plan = self._plan(state.mapper)
         if plan is None:
             raise UnsupportedOperation(

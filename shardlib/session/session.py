@@ -16,6 +16,7 @@ from shardlib.errors import InvalidArgument, ShardKeyMismatch, ShardKeyRequired
 from shardlib.key import encode_key
 from shardlib.route.consistency import Consistency
 from shardlib.route.extract import needs_of
+from shardlib.route.quick import quick_key
 from shardlib.session.core import Core, Needed
 from shardlib.session.instances import InstanceKeys
 from shardlib.session.rows import RowByRow
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["ShardedSession"]
 
 _UNPINNED: Final = object()
+_NONE_GIVEN: Final[Mapping[str, Any]] = {}
 _turn = count()
 
 
@@ -55,6 +57,18 @@ class ShardedSession(Session):
         InvalidArgument: an unknown consistency word, or an engine that is not sharded.
     """
 
+    # What most sessions never change lies in the class: a session is made for every transaction.
+    shard_key: object = None
+    two_phase: TwoPhase | None = None
+    commits = 0
+    """How many transactions of this session are committed."""
+    _pin: bytes | None = None
+    _unit: Unit | None = None
+    _bulk: tuple[Leg, bool] | None = None
+    _options: Mapping[str, Any] | None = None
+    _handed_out: WeakSet[Connection] | None = None
+    _executing = 0
+
     def __init__(
         self,
         bind: Any = None,
@@ -73,19 +87,12 @@ class ShardedSession(Session):
         self.engine = engine
         self._core: Core = engine._core  # noqa: SLF001 - the engine's inside is shared with its sessions
         self.consistency = engine.consistency if consistency is None else Consistency.of(consistency)
-        self.shard_key = None if shard_key is _UNPINNED else shard_key
-        self._pin: bytes | None = None if shard_key is _UNPINNED else encode_key(shard_key)
-        self._unit: Unit | None = None
-        self._bulk: tuple[Leg, bool] | None = None
-        self._options: dict[str, Any] = {}
-        self.two_phase: TwoPhase | None = None
+        if shard_key is not _UNPINNED:
+            self.shard_key = shard_key
+            self._pin = encode_key(shard_key)
         if twophase:
             self.two_phase = TwoPhase(self._core)
             engine._help_to_settle()  # noqa: SLF001 - the same
-        self._handed_out: WeakSet[Connection] = WeakSet()
-        self._executing = 0
-        self.commits = 0
-        """How many transactions of this session are committed."""
 
     # -- the transaction ------------------------------------------------------------------------------------------
 
@@ -101,20 +108,27 @@ class ShardedSession(Session):
         return unit
 
     def _adopt(self, conn: ShardConnection) -> None:
-        super().connection(bind_arguments={"bind": cast("Engine", _Begun(conn))})
+        self._connection_for_bind(cast("Engine", _Begun(conn)))  # what Session.connection() comes to
         if self._unit is not None and self._unit.transaction is None:
             self._unit.transaction = self.get_transaction()
 
     def _hold(self, wants: Callable[[Topology], Needed], *, write: bool = False) -> list[Leg]:
         unit = self._now
-        options = {**self.execution_options, **self._options} if self._options else self.execution_options
-        legs = unit.hold(wants, self._adopt, options)
+        legs = unit.hold(wants, self._adopt, self._begin_options)
         if write:
             unit.will_write(legs, twophase=self.two_phase is not None)
         return legs
 
     def _hold_key(self, key: bytes, *, write: bool = False) -> Leg:
-        return self._hold(lambda topology: self._core.places(topology, (key,)), write=write)[0]
+        unit = self._now
+        leg = unit.hold_key(key, self._adopt, self._begin_options)
+        if write:
+            unit.will_write((leg,), twophase=self.two_phase is not None)
+        return leg
+
+    @property
+    def _begin_options(self) -> Mapping[str, Any]:
+        return {**self.execution_options, **self._options} if self._options else self.execution_options
 
     def _enlist(self, leg: Leg) -> Connection:
         """The leg's connection, inside the innermost savepoint: SQLAlchemy sets it when it first asks for it there."""
@@ -192,13 +206,41 @@ class ShardedSession(Session):
         return count
 
     def _execute_internal(self, statement: Any, params: Any = None, *, _add_event: Any = None, **kw: Any) -> Any:
-        # Routing is the last listener of `do_orm_execute`: those of the application may change the statement.
-        route = _route if _add_event is None else partial(_route, then=_add_event)
         self._executing += 1
         try:
+            if _add_event is None and not self.dispatch.do_orm_execute:
+                leg = self._quick_leg(statement, params, **kw)
+                if leg is not None:  # with nobody to tell, SQLAlchemy prepares the statement once and not twice
+                    kw["bind_arguments"] = {**(kw.get("bind_arguments") or {}), "bind": leg.connection.engine}
+                    return super()._execute_internal(statement, params, **kw)
+            # Routing is the last listener of `do_orm_execute`: those of the application may change the statement.
+            route = _route if _add_event is None else partial(_route, then=_add_event)
             return super()._execute_internal(statement, params, _add_event=route, **kw)
         finally:
             self._executing -= 1
+
+    def _quick_leg(
+        self, statement: Any, params: Any, *, bind_arguments: Any = None, execution_options: Any = None,
+        _parent_execute_state: Any = None, **kw: Any,
+    ) -> Leg | None:  # fmt: skip
+        """Where a plain SELECT by key runs, as `route_statement` would choose it; None to have that choose."""
+        del kw
+        if _parent_execute_state is not None or (bind_arguments and "bind" in bind_arguments):
+            return None
+        if params and not isinstance(params, dict):
+            return None
+        found = quick_key(statement, params or _NONE_GIVEN, self._core.described)
+        if found is None:
+            return None
+        if any(
+            options and "consistency" in options
+            for options in (self.execution_options, statement._execution_options, execution_options)  # noqa: SLF001
+        ):
+            return None
+        key = found[0]
+        if self._pin is not None and key != self._pin:
+            self._check_pin((key,), "a statement")
+        return self._hold_key(key)
 
     def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None) -> Connection:
         """The connection of the pinned shard, its transaction begun.
@@ -213,7 +255,9 @@ class ShardedSession(Session):
         try:
             conn = super().connection(bind_arguments=bind_arguments)
         finally:
-            self._options = {}
+            self._options = None
+        if self._handed_out is None:
+            self._handed_out = WeakSet()
         if conn not in self._handed_out:
             self._handed_out.add(conn)
             event.listen(conn, "before_execute", self._check_core)
@@ -231,7 +275,7 @@ class ShardedSession(Session):
     @property
     def connection_callable(self) -> Any:
         """SQLAlchemy's hook of a flush: the connection for each object. Off while rows are written in bulk."""
-        return None if self._bulk_leg is not None else self._connection_for_object
+        return self._connection_for_object if self._bulk is None or self._bulk_leg is None else None
 
     @connection_callable.setter
     def connection_callable(self, value: object) -> None:
@@ -340,7 +384,7 @@ def _route(state: ORMExecuteState, then: Callable[[ORMExecuteState], Any] | None
 
 @event.listens_for(ShardedSession, "after_transaction_end", propagate=True)
 def _ended(session: Session, transaction: SessionTransaction) -> None:
-    sharded = cast("ShardedSession", session)
+    sharded: Any = session
     if transaction.nested:
         for leg in sharded._now.legs.values():  # noqa: SLF001 - our own class
             leg.savepoint_ended()
@@ -350,7 +394,7 @@ def _ended(session: Session, transaction: SessionTransaction) -> None:
 
 @event.listens_for(ShardedSession, "after_commit", propagate=True)
 def _finish(session: Session) -> None:
-    sharded = cast("ShardedSession", session)
+    sharded: Any = session
     if session.in_nested_transaction():
         return
     sharded.commits += 1
@@ -360,6 +404,6 @@ def _finish(session: Session) -> None:
 
 @event.listens_for(ShardedSession, "after_rollback", propagate=True)
 def _resolve(session: Session) -> None:
-    sharded = cast("ShardedSession", session)
+    sharded: Any = session
     if sharded.two_phase is not None:
         sharded.two_phase.resolve()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -20,6 +20,8 @@ from shardlib.topology import Shard, Status, Topology
 
 __all__ = ["Leg", "Unit"]
 
+_Refusal = tuple[str, GateClosed]
+"""The name of a shard, and the gates that it refused."""
 _INTRANS: Final = pq.TransactionStatus.INTRANS
 
 
@@ -77,8 +79,45 @@ class Unit:
             ShardUnavailable: a shard is not reachable.
             PoolTimeout: no connection became free in time.
         """
+        return self._hold(wants, adopt, options, None)
+
+    def hold_key(
+        self, key: bytes, adopt: Callable[[ShardConnection], None], options: Mapping[str, Any] | None = None
+    ) -> Leg:
+        """The leg of the shard that owns one key, as `hold` gives it: what nearly every statement needs."""
+        shard, gate = self.topology.place(self.core.token(key))
+        leg = self.legs.get(shard.id)
+        if leg is not None and gate in leg.gates:
+            return leg
+        refusal: _Refusal | None = None
+        if not self.legs and not self.opening:
+            self.opening = True
+            try:
+                return self._first(shard, (gate,), adopt, options)
+            except GateClosed as closed:
+                refusal = shard.name, GateClosed(closed.gates)
+            finally:
+                self.opening = False
+        return self._hold(lambda topology: self.core.places(topology, (key,)), adopt, options, refusal)[0]
+
+    def _hold(
+        self,
+        wants: Callable[[Topology], Needed],
+        adopt: Callable[[ShardConnection], None],
+        options: Mapping[str, Any] | None,
+        refusal: _Refusal | None,
+    ) -> list[Leg]:
+        """See `hold`; `refusal` is how the first attempt has ended already."""
         deadline, attempt = 0.0, 0
         while True:
+            if refusal is not None:
+                shard_name, closed = refusal
+                if self.legs:
+                    raise StaleTopology(shard_name, closed.gates[0], self.topology.version)
+                if not deadline:
+                    deadline = time.monotonic() + self.core.reroute_timeout_s
+                self.topology = self.core.newer(self.topology, closed, shard_name, deadline, attempt)
+                attempt += 1
             needed = wants(self.topology)
             if len(needed) == 1:  # nearly always: one dictionary hit
                 ((shard_id, gates),) = needed.items()
@@ -88,12 +127,8 @@ class Unit:
             try:
                 return self._take_alone(needed, adopt, options)
             except _Refused as refused:
-                if self.legs:
-                    raise StaleTopology(refused.shard, refused.closed.gates[0], self.topology.version) from None
-                if not deadline:
-                    deadline = time.monotonic() + self.core.reroute_timeout_s
-                self.topology = self.core.newer(self.topology, refused.closed, refused.shard, deadline, attempt)
-                attempt += 1
+                # Without the traceback, which would keep the connection.
+                refusal = refused.shard, GateClosed(refused.closed.gates)
 
     def _take_alone(
         self, needed: Needed, adopt: Callable[[ShardConnection], None], options: Mapping[str, Any] | None
@@ -112,20 +147,13 @@ class Unit:
     def _take(
         self, needed: Needed, adopt: Callable[[ShardConnection], None], options: Mapping[str, Any] | None
     ) -> list[Leg]:
-        if len(needed) == 1 and not self.legs:  # nearly always: the first statement of a transaction
+        if len(needed) == 1 and not self.legs:
             ((shard_id, gates),) = needed.items()
             shard = self.topology.shard_by_id(shard_id)
             try:
-                conn = self.core.connect(shard, gates, options)
+                return [self._first(shard, gates, adopt, options)]
             except GateClosed as closed:
                 raise _Refused(shard.name, closed) from None
-            try:
-                adopt(conn)
-            except BaseException:
-                conn.close()
-                raise
-            self.legs[shard_id] = first = Leg(shard, conn, gates)
-            return [first]
         fresh: list[tuple[Shard, tuple[int, ...]]] = []
         for shard_id, gates in needed.items():
             leg = self.legs.get(shard_id)
@@ -141,6 +169,23 @@ class Unit:
         if fresh:
             self._open(fresh, adopt, options)
         return [self.legs[shard_id] for shard_id in needed]
+
+    def _first(
+        self,
+        shard: Shard,
+        gates: tuple[int, ...],
+        adopt: Callable[[ShardConnection], None],
+        options: Mapping[str, Any] | None,
+    ) -> Leg:
+        """Begin the transaction on its first shard."""
+        conn = self.core.connect(shard, gates, options)
+        try:
+            adopt(conn)
+        except BaseException:
+            conn.close()
+            raise
+        self.legs[shard.id] = leg = Leg(shard, conn, gates)
+        return leg
 
     def _open(
         self,
@@ -214,13 +259,15 @@ class Unit:
             raise
         self._stage = "ready"
 
-    def will_write(self, legs: list[Leg], *, twophase: bool) -> None:
+    def will_write(self, legs: Sequence[Leg], *, twophase: bool) -> None:
         """Note that the transaction writes on these shards.
 
         Raises:
             CrossShardTransaction: it would write on several without two-phase commit.
             UnsupportedOperation: a shard is read-only.
         """
+        if len(legs) == 1 and legs[0].shard.id in self.writes:
+            return  # seen before, by the same topology
         for leg in legs:
             if leg.shard.status is Status.READONLY:
                 raise UnsupportedOperation(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from sqlalchemy.engine import Connection, CursorResult, Engine
 
@@ -43,8 +43,9 @@ class ShardConnection(Connection):
     @property
     def driver(self) -> FencedConnection:
         """The psycopg connection underneath (its asyncio kind has the same fence)."""
-        driver: Any = self.connection.driver_connection
-        return cast("FencedConnection", driver)
+        fairy: Any = self._dbapi_connection or self.connection
+        record = fairy._connection_record  # noqa: SLF001 - `driver_connection` without its three calls
+        return record.fenced if record is not None else fairy.driver_connection  # type: ignore[no-any-return]
 
     def execute(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> CursorResult[Any]:
         """As `Connection.execute`."""
