@@ -29,6 +29,7 @@ __all__ = ["AsyncFencedConnection", "FencedConnection", "UnknownCommit", "drive"
 
 T = TypeVar("T")
 
+_ACTIVE: Final = pq.TransactionStatus.ACTIVE
 _IDLE: Final = pq.TransactionStatus.IDLE
 _INERROR: Final = pq.TransactionStatus.INERROR
 _FATAL: Final = pq.ExecStatus.FATAL_ERROR
@@ -65,6 +66,8 @@ class _Fenced(_Base):
     sealed: bool = False
     """Once set, a transaction starts only with the gates of `arm`. Unset while the driver sets a connection up."""
     _gates: tuple[int, ...] = ()
+    _sent: tuple[int, ...] = ()
+    """The gates of a start that was sent and whose answer nobody has read yet."""
     _unreplicated: bool = False
     rolling_back: bool = False
     """Whether a ROLLBACK was sent whose answer nobody has read yet."""
@@ -73,6 +76,30 @@ class _Fenced(_Base):
         """The gates that the next transaction takes. They are used up by its start."""
         self.sealed = True
         self._gates = gates
+
+    def send_begin(self, gates: tuple[int, ...]) -> None:
+        """`arm`, and send the start of the transaction now; `begin` must be what is called next, and reads the answer.
+
+        Where that cannot be done without waiting or fails, nothing is sent, and `begin` does all of it.
+        """
+        self.arm(gates)
+        pgconn = self.pgconn
+        if self.rolling_back or self._autocommit or self._pipeline or pgconn.transaction_status != _IDLE:
+            return
+        self._gates, self._sent = (), gates
+        try:
+            pgconn.send_query(self._get_tx_start_command() + b"; " + lock_sql(gates))
+        except psycopg.Error:
+            self._gates, self._sent = gates, ()
+
+    def _begin_unwanted(self) -> PQGen[None]:
+        """Read the answer to `send_begin` that nobody waits for any more."""
+        gates, self._sent = self._sent, ()
+        if self.pgconn.transaction_status == _ACTIVE:
+            try:
+                yield from self._gates_answer(gates, began=True)
+            except GateClosed:
+                return  # and no transaction is open
 
     def roll_back_unheard(self) -> bool:
         """Send ROLLBACK without waiting for its answer; False if this transaction needs the usual way.
@@ -119,6 +146,8 @@ class _Fenced(_Base):
     def _rollback_gen(self) -> PQGen[None]:
         if self.rolling_back:
             yield from self._rolled_back()
+        if self._sent:
+            yield from self._begin_unwanted()
         yield from super()._rollback_gen()
 
     def _check_intrans_gen(self, attribute: str) -> PQGen[None]:
@@ -131,6 +160,10 @@ class _Fenced(_Base):
 
         One that is open already was begun by a call that was interrupted: it holds other gates, and ends first.
         """
+        if self._sent:
+            gates, self._sent = self._sent, ()
+            yield from self._gates_answer(gates, began=True)
+            return
         if self.rolling_back:
             yield from self._rolled_back()
         if self.pgconn.transaction_status in _IN_TRANSACTION:

@@ -15,7 +15,7 @@ from sqlalchemy import Table as SaTable
 
 from shardlib.catalog import TopologyCache
 from shardlib.errors import CatalogUnavailable, InvalidTopology, ShardUnavailable, StaleTopology, UnsupportedOperation
-from shardlib.fence.connection import start
+from shardlib.fence.connection import drive, start
 from shardlib.fence.verdict import GateClosed, lost_connection
 from shardlib.key.declare import KeySpec, describe
 from shardlib.shard import ShardConnection, ShardPools
@@ -23,7 +23,7 @@ from shardlib.token import hash_of
 from shardlib.topology import Shard, Status, Topology
 from shardlib.waits import Waiter, Waits
 
-__all__ = ["DEAD_MAX", "Core", "Needed", "as_sqlalchemy"]
+__all__ = ["DEAD_MAX", "Ahead", "Core", "Needed", "as_sqlalchemy"]
 
 Needed = dict[str, tuple[int, ...]]
 """Shard id -> numbers of the gates a transaction must hold there."""
@@ -154,12 +154,39 @@ class Core:
         if self.closed:
             raise UnsupportedOperation("the engine is disposed", "make a new one")
 
+    def begin_ahead(self, key: bytes) -> Ahead | None:
+        """Begin a transaction where this key is, and leave the answer to the `connect` that will want it.
+
+        What goes wrong is met there too, if it is ever called. None if there is nothing to begin.
+        """
+        shard, gate = self.cache.current.place(self.token(key))
+        if self.closed or shard.status is Status.INACTIVE:
+            return None
+        ahead = Ahead(shard, (gate,))
+        try:
+            ahead.conn = self.pools.engine(shard.id).connect()
+        except Exception as error:  # noqa: BLE001 - raised by `take`
+            ahead.error = error
+            return ahead
+        ahead.conn.driver.send_begin(ahead.gates)
+        return ahead
+
     def connect(
-        self, shard: Shard, gates: tuple[int, ...], options: Mapping[str, Any] | None = None
+        self,
+        shard: Shard,
+        gates: tuple[int, ...],
+        options: Mapping[str, Any] | None = None,
+        ahead: Ahead | None = None,
     ) -> ShardConnection:
         """A connection to the shard's primary whose transaction has begun and holds the gates. One round trip.
 
         A pooled connection that turns out to be dead is replaced: nothing had run on it.
+
+        Args:
+            shard: where.
+            gates: all that it needs to hold.
+            options: execution options of the connection, set before the transaction begins.
+            ahead: one that has begun already, used if it fits and given up if not.
 
         Raises:
             GateClosed: a gate is gone; the connection is back in its pool.
@@ -172,12 +199,17 @@ class Core:
             raise ShardUnavailable(shard.name, "its status is inactive")
         engine = self.pools.engine(shard.id)
         for _ in range(DEAD_MAX):
-            conn = engine.connect()
+            sent = None if ahead is None else ahead.take(shard, gates, options)
+            ahead = None
+            conn = engine.connect() if sent is None else sent
             try:
                 if options:
                     conn = conn.execution_options(**options)
                 conn.begin()
-                start(conn.driver, gates)
+                if sent is None:
+                    start(conn.driver, gates)
+                else:
+                    drive(conn.driver, conn.driver.begin())
             except (GateClosed, UnsupportedOperation):
                 conn.close()
                 raise
@@ -190,6 +222,40 @@ class Core:
             conn.shard = shard
             return conn
         raise ShardUnavailable(shard.name, f"{DEAD_MAX} connections in turn were lost as they began a transaction")
+
+
+class Ahead:
+    """A transaction that was begun before anybody asked for it; its answer arrives while the asker is still busy."""
+
+    __slots__ = ("conn", "error", "gates", "shard")
+
+    def __init__(self, shard: Shard, gates: tuple[int, ...]) -> None:
+        self.shard, self.gates = shard, gates
+        self.conn: ShardConnection | None = None
+        """Until it is taken or closed."""
+        self.error: Exception | None = None
+        """Why there is no connection."""
+
+    def take(self, shard: Shard, gates: tuple[int, ...], options: Mapping[str, Any] | None) -> ShardConnection | None:
+        """The connection, if it is what is wanted now; else it goes back to its pool.
+
+        Raises:
+            ShardUnavailable, PoolTimeout: there is none, for the reason that was found when it was asked for.
+        """
+        if options or shard.id != self.shard.id or gates != self.gates:
+            self.close()
+            return None
+        conn, self.conn = self.conn, None
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+        return conn
+
+    def close(self) -> None:
+        """Give back what was not taken."""
+        conn, self.conn = self.conn, None
+        if conn is not None:
+            conn.close()
 
 
 @contextmanager

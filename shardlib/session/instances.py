@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Table, inspect
+from sqlalchemy import Table
 from sqlalchemy.orm import Mapper
 from sqlalchemy.orm.attributes import instance_state
 
@@ -34,7 +34,7 @@ class InstanceKeys:
 
     def key_of(self, instance: object) -> bytes | None:
         """Key bytes of an object, None for one of a reference table or one without a key yet."""
-        state: Any = inspect(instance)
+        state: Any = instance_state(instance)
         plan = self._plan(state.mapper)
         if plan is None:
             return None

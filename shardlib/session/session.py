@@ -16,8 +16,8 @@ from shardlib.errors import InvalidArgument, ShardKeyMismatch, ShardKeyRequired
 from shardlib.key import encode_key
 from shardlib.route.consistency import Consistency
 from shardlib.route.extract import needs_of
-from shardlib.route.quick import quick_key
-from shardlib.session.core import Core, Needed
+from shardlib.session.ahead import ahead_of_flush, quick_leg
+from shardlib.session.core import Ahead, Core, Needed
 from shardlib.session.instances import InstanceKeys
 from shardlib.session.rows import RowByRow
 from shardlib.session.statements import check_core, route_statement
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["ShardedSession"]
 
 _UNPINNED: Final = object()
-_NONE_GIVEN: Final[Mapping[str, Any]] = {}
 _turn = count()
 
 
@@ -67,6 +66,7 @@ class ShardedSession(Session):
     _bulk: tuple[Leg, bool] | None = None
     _options: Mapping[str, Any] | None = None
     _handed_out: WeakSet[Connection] | None = None
+    _ahead: Ahead | None = None
     _executing = 0
 
     def __init__(
@@ -114,6 +114,8 @@ class ShardedSession(Session):
 
     def _hold(self, wants: Callable[[Topology], Needed], *, write: bool = False) -> list[Leg]:
         unit = self._now
+        if self._ahead is not None:
+            self._ahead.close()  # before another connection is asked for: there may be only one
         legs = unit.hold(wants, self._adopt, self._begin_options)
         if write:
             unit.will_write(legs, twophase=self.two_phase is not None)
@@ -121,7 +123,7 @@ class ShardedSession(Session):
 
     def _hold_key(self, key: bytes, *, write: bool = False) -> Leg:
         unit = self._now
-        leg = unit.hold_key(key, self._adopt, self._begin_options)
+        leg = unit.hold_key(key, self._adopt, self._begin_options, self._ahead)
         if write:
             unit.will_write((leg,), twophase=self.two_phase is not None)
         return leg
@@ -129,6 +131,19 @@ class ShardedSession(Session):
     @property
     def _begin_options(self) -> Mapping[str, Any]:
         return {**self.execution_options, **self._options} if self._options else self.execution_options
+
+    def _flush(self, objects: Any = None) -> None:
+        """As SQLAlchemy's, with the transaction begun before it: the server answers while the rows are sorted."""
+        ahead = ahead_of_flush(self)
+        if ahead is None:
+            super()._flush(objects)
+            return
+        self._ahead = ahead
+        try:
+            super()._flush(objects)
+        finally:
+            self._ahead = None
+            ahead.close()
 
     def _enlist(self, leg: Leg) -> Connection:
         """The leg's connection, inside the innermost savepoint: SQLAlchemy sets it when it first asks for it there."""
@@ -209,7 +224,7 @@ class ShardedSession(Session):
         self._executing += 1
         try:
             if _add_event is None and not self.dispatch.do_orm_execute:
-                leg = self._quick_leg(statement, params, **kw)
+                leg = quick_leg(self, statement, params, **kw)
                 if leg is not None:  # with nobody to tell, SQLAlchemy prepares the statement once and not twice
                     kw["bind_arguments"] = {**(kw.get("bind_arguments") or {}), "bind": leg.connection.engine}
                     return super()._execute_internal(statement, params, **kw)
@@ -218,29 +233,6 @@ class ShardedSession(Session):
             return super()._execute_internal(statement, params, _add_event=route, **kw)
         finally:
             self._executing -= 1
-
-    def _quick_leg(
-        self, statement: Any, params: Any, *, bind_arguments: Any = None, execution_options: Any = None,
-        _parent_execute_state: Any = None, **kw: Any,
-    ) -> Leg | None:  # fmt: skip
-        """Where a plain SELECT by key runs, as `route_statement` would choose it; None to have that choose."""
-        del kw
-        if _parent_execute_state is not None or (bind_arguments and "bind" in bind_arguments):
-            return None
-        if params and not isinstance(params, dict):
-            return None
-        found = quick_key(statement, params or _NONE_GIVEN, self._core.described)
-        if found is None:
-            return None
-        if any(
-            options and "consistency" in options
-            for options in (self.execution_options, statement._execution_options, execution_options)  # noqa: SLF001
-        ):
-            return None
-        key = found[0]
-        if self._pin is not None and key != self._pin:
-            self._check_pin((key,), "a statement")
-        return self._hold_key(key)
 
     def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None) -> Connection:
         """The connection of the pinned shard, its transaction begun.

@@ -14,7 +14,7 @@ from sqlalchemy.orm import SessionTransaction
 from shardlib.errors import CrossShardTransaction, StaleTopology, UnsupportedOperation
 from shardlib.fence.connection import lock_gates
 from shardlib.fence.verdict import GateClosed
-from shardlib.session.core import Core, Needed, as_sqlalchemy
+from shardlib.session.core import Ahead, Core, Needed, as_sqlalchemy
 from shardlib.shard import ShardConnection
 from shardlib.topology import Shard, Status, Topology
 
@@ -82,9 +82,16 @@ class Unit:
         return self._hold(wants, adopt, options, None)
 
     def hold_key(
-        self, key: bytes, adopt: Callable[[ShardConnection], None], options: Mapping[str, Any] | None = None
+        self,
+        key: bytes,
+        adopt: Callable[[ShardConnection], None],
+        options: Mapping[str, Any] | None = None,
+        ahead: Ahead | None = None,
     ) -> Leg:
-        """The leg of the shard that owns one key, as `hold` gives it: what nearly every statement needs."""
+        """The leg of the shard that owns one key, as `hold` gives it: what nearly every statement needs.
+
+        `ahead` may be what it begins with.
+        """
         shard, gate = self.topology.place(self.core.token(key))
         leg = self.legs.get(shard.id)
         if leg is not None and gate in leg.gates:
@@ -93,7 +100,7 @@ class Unit:
         if not self.legs and not self.opening:
             self.opening = True
             try:
-                return self._first(shard, (gate,), adopt, options)
+                return self._first(shard, (gate,), adopt, options, ahead)
             except GateClosed as closed:
                 refusal = shard.name, GateClosed(closed.gates)
             finally:
@@ -176,9 +183,10 @@ class Unit:
         gates: tuple[int, ...],
         adopt: Callable[[ShardConnection], None],
         options: Mapping[str, Any] | None,
+        ahead: Ahead | None = None,
     ) -> Leg:
         """Begin the transaction on its first shard."""
-        conn = self.core.connect(shard, gates, options)
+        conn = self.core.connect(shard, gates, options, ahead)
         try:
             adopt(conn)
         except BaseException:
