@@ -22,6 +22,7 @@ from shardlib.engine.options import EngineOptions
 from shardlib.route.consistency import Consistency
 from shardlib.route.retry import RetryPolicy
 from shardlib.shard.options import PoolOptions
+from shardlib.telemetry import TelemetryOptions
 from shardlib_ops import LocalCluster
 from shardlib_ops.testing.cleaning import cleaned
 
@@ -154,7 +155,8 @@ def defaults_of(options: Any) -> dict[str, str]:
         shown = f'"{value.value}"' if isinstance(value, Consistency) else repr(value)
         if isinstance(value, str) and not isinstance(value, Consistency):
             shown = f'"{value}"'
-        found[field.name] = "RetryPolicy()" if isinstance(value, RetryPolicy) else shown
+        whole = isinstance(value, RetryPolicy | TelemetryOptions)  # described in a section of its own
+        found[field.name] = f"{type(value).__name__}()" if whole else shown
     return found
 
 
@@ -164,6 +166,7 @@ def defaults_of(options: Any) -> dict[str, str]:
         ("The engine", EngineOptions, {"echo": "False"}),
         ("Connections", PoolOptions, {}),
         ("Retries", RetryPolicy, {}),
+        ("Telemetry", TelemetryOptions, {}),
     ],
 )
 def test_the_options_and_their_defaults_are_listed(heading: str, options: Any, extra: dict[str, str]) -> None:

@@ -81,6 +81,10 @@ class AsyncShardedEngine:
         """See `ShardedEngine.pool_status`."""
         return self.sync_engine.pool_status()
 
+    def metrics(self) -> str:
+        """See `ShardedEngine.metrics`."""
+        return self.sync_engine.metrics()
+
     def session(self, shard_key: object = _NO_KEY, **options: Any) -> AsyncShardedSession:
         """See `ShardedEngine.session`."""
         if shard_key is not _NO_KEY:

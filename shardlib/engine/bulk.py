@@ -83,8 +83,10 @@ def bulk_load(
     if not stall_timeout_s > 0:
         raise InvalidArgument("stall_timeout_s", stall_timeout_s, "more than 0 seconds")
     take = portions(rows, core.waits)
-    load = _Load(core, Target(table), columns, progress, batch_rows, stall_timeout_s)
-    return load.run(take)
+    if core.metrics is None:
+        return _Load(core, Target(table), columns, progress, batch_rows, stall_timeout_s).run(take)
+    with core.metrics.request("bulk_load"):
+        return _Load(core, Target(table), columns, progress, batch_rows, stall_timeout_s).run(take)
 
 
 class _Load:

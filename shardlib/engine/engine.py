@@ -21,6 +21,7 @@ from sqlalchemy.orm import sessionmaker
 from shardlib.catalog import Catalog, TopologyCache, open_catalog
 from shardlib.dsn import Dsn
 from shardlib.engine.bulk import BulkProgress, BulkResult, bulk_load
+from shardlib.engine.observe import Observer
 from shardlib.engine.options import EngineOptions
 from shardlib.engine.pinned import connect_pinned
 from shardlib.engine.schema import SchemaChange
@@ -43,6 +44,7 @@ from shardlib.session.instances import InstanceKeys
 from shardlib.session.session import ShardedSession
 from shardlib.session.twophase import Settled, settle
 from shardlib.shard import PoolOptions, PoolStats, ShardConnection, ShardPools
+from shardlib.telemetry import TelemetryOptions
 from shardlib.token import token_of
 from shardlib.topology import Shard, Topology
 from shardlib.waits import GreenletWaits, ThreadWaits, Ticker
@@ -78,6 +80,7 @@ class ShardedEngine:
         poll_s: seconds between looks at the catalog beside its watch.
         reroute_timeout_s: seconds that work which has not begun waits to be routed anew.
         retry: how `run` tries again.
+        telemetry: what it tells of its work, to OpenTelemetry and in `metrics`.
         echo: as in SQLAlchemy.
         **options: of the pools; see `PoolOptions` (`pool_size`, `max_overflow`, `max_connections`, ...).
 
@@ -100,6 +103,7 @@ class ShardedEngine:
         poll_s: float = 30.0,
         reroute_timeout_s: float = 15.0,
         retry: RetryPolicy | None = None,
+        telemetry: TelemetryOptions | None = None,
         echo: bool = False,
         **options: Any,
     ) -> None:
@@ -111,6 +115,7 @@ class ShardedEngine:
             poll_s=poll_s,
             reroute_timeout_s=reroute_timeout_s,
             retry=retry or RetryPolicy(),
+            telemetry=telemetry or TelemetryOptions(),
         )
         self.consistency = self.options.consistency
         for name, value in options.items():
@@ -157,6 +162,7 @@ class ShardedEngine:
         self._token = token_of(self._cache.current.hash_function)
         self._schema_lock = threading.Lock()
         self._cache.listen(self._topology_changed)
+        self._observer = Observer(self._core, self.options.telemetry)
         self._settler = Ticker(_SETTLE_EVERY_S * random.uniform(0.8, 1.2), self._settle_alone, "shardlib-settle")  # noqa: S311
         _engines.add(self)
 
@@ -198,6 +204,14 @@ class ShardedEngine:
         """
         return self._core.pools.stats()
 
+    def metrics(self) -> str:
+        """The metrics of this engine in this process, in Prometheus' text format.
+
+        The connection pools are always there; the rest if `TelemetryOptions(metrics=True)` was given or a meter
+        provider of OpenTelemetry is configured. Reads memory: no server is asked.
+        """
+        return self._observer.text()
+
     def _topology_changed(self, topology: Topology) -> None:
         kept = {shard.id for shard in topology.shards}
         for shard_id in self._core.pools.endpoints():
@@ -211,6 +225,7 @@ class ShardedEngine:
 
     def _check_server(self, driver: FencedConnection | AsyncFencedConnection, shard_id: str) -> None:
         """On each new connection: is this the database of that shard, with a schema this library knows?"""
+        self._observer.look()
         topology = self._cache.current
         shard = topology.shard(shard_id)
         driver.shard_name = shard.name

@@ -8,6 +8,7 @@ from pathlib import Path
 from shardlib.errors import InvalidArgument
 from shardlib.route.consistency import Consistency
 from shardlib.route.retry import RetryPolicy
+from shardlib.telemetry import TelemetryOptions
 from shardlib.token import hash_of
 
 __all__ = ["EngineOptions"]
@@ -32,6 +33,7 @@ class EngineOptions:
     reroute_timeout_s: float = 15.0
     """How long work that has not begun waits for a topology that leads it through an open gate."""
     retry: RetryPolicy = RetryPolicy()  # noqa: RUF009 - frozen
+    telemetry: TelemetryOptions = TelemetryOptions()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
         for name in ("catalog_timeout_s", "poll_s", "reroute_timeout_s"):

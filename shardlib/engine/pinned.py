@@ -47,7 +47,17 @@ class _Pin:
 
     def begin(self, conn: Connection) -> None:
         """See `_begin`."""
-        self._topology = _begin(self._core, self._key, conn)
+        core = self._core
+        try:
+            self._topology = _begin(core, self._key, conn)
+        except BaseException as error:
+            if core.metrics is not None:
+                core.metrics.failed(error)
+            raise
+        if core.metrics is not None:
+            core.metrics.routed()
+        if core.tracing and isinstance(conn, ShardConnection):
+            conn.topology_version = self._topology.version
 
     def check(self, conn: Connection, statement: Any, sets: Any, one: Any, options: Any) -> None:
         """Before a statement of SQLAlchemy's Core: is it of this key, and does it hold the gates it needs?

@@ -19,6 +19,7 @@ from shardlib.fence.connection import drive, start
 from shardlib.fence.verdict import GateClosed, lost_connection
 from shardlib.key.declare import KeySpec, describe
 from shardlib.shard import ShardConnection, ShardPools
+from shardlib.telemetry import Metrics
 from shardlib.token import hash_of
 from shardlib.topology import Shard, Status, Topology
 from shardlib.waits import Waiter, Waits
@@ -51,6 +52,10 @@ class Core:
 
     closed: bool = False
     """Whether the engine is disposed."""
+    metrics: Metrics | None = None
+    """What counts, if anybody wants to know."""
+    tracing: bool = False
+    """Whether spans are made, which tell more of a connection than anybody else needs."""
 
     def __post_init__(self) -> None:
         self.token = hash_of(self.cache.current.hash_function)
@@ -128,6 +133,8 @@ class Core:
         Raises:
             StaleTopology: the deadline has passed.
         """
+        if self.metrics is not None:
+            self.metrics.refused(shard)
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise StaleTopology(shard, closed.gates[0], topology.version)

@@ -61,6 +61,8 @@ class ShardedSession(Session):
     two_phase: TwoPhase | None = None
     commits = 0
     """How many transactions of this session are committed."""
+    observed = False
+    """Whether it is inside of a call that is counted as a request."""
     _pin: bytes | None = None
     _unit: Unit | None = None
     _bulk: tuple[Leg, bool] | None = None
@@ -109,11 +111,16 @@ class ShardedSession(Session):
 
     def _adopt(self, conn: ShardConnection) -> None:
         self._connection_for_bind(cast("Engine", _Begun(conn)))  # what Session.connection() comes to
+        if self._core.tracing:
+            conn.route = "statement" if self._pin is None else "pinned"
+            conn.topology_version = 0 if self._unit is None else self._unit.topology.version
         if self._unit is not None and self._unit.transaction is None:
             self._unit.transaction = self.get_transaction()
 
     def _hold(self, wants: Callable[[Topology], Needed], *, write: bool = False) -> list[Leg]:
         unit = self._now
+        if self._core.metrics is not None:
+            self._core.metrics.routed()
         if self._ahead is not None:
             self._ahead.close()  # before another connection is asked for: there may be only one
         legs = unit.hold(wants, self._adopt, self._begin_options)
@@ -123,6 +130,8 @@ class ShardedSession(Session):
 
     def _hold_key(self, key: bytes, *, write: bool = False) -> Leg:
         unit = self._now
+        if self._core.metrics is not None:
+            self._core.metrics.routed()
         leg = unit.hold_key(key, self._adopt, self._begin_options, self._ahead)
         if write:
             unit.will_write((leg,), twophase=self.two_phase is not None)
@@ -134,6 +143,10 @@ class ShardedSession(Session):
 
     def _flush(self, objects: Any = None) -> None:
         """As SQLAlchemy's, with the transaction begun before it: the server answers while the rows are sorted."""
+        if self._core.metrics is not None and not self.observed:
+            with self._core.metrics.request("flush", self):
+                self._flush(objects)
+            return
         ahead = ahead_of_flush(self)
         if ahead is None:
             super()._flush(objects)
@@ -221,6 +234,9 @@ class ShardedSession(Session):
         return count
 
     def _execute_internal(self, statement: Any, params: Any = None, *, _add_event: Any = None, **kw: Any) -> Any:
+        if self._core.metrics is not None and not self.observed:
+            with self._core.metrics.request("execute", self):
+                return self._execute_internal(statement, params, _add_event=_add_event, **kw)
         self._executing += 1
         try:
             if _add_event is None and not self.dispatch.do_orm_execute:

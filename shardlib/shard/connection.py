@@ -34,6 +34,11 @@ class ShardConnection(Connection):
     pinned: bool = False
     """Whether each of its transactions is routed as it begins (`engine.connect`)."""
 
+    route: str = "pinned"
+    """How its shard was chosen, for spans: `pinned`, or by each `statement`."""
+    topology_version: int = 0
+    """The topology that its transaction was routed by, for spans; 0 while nobody asks."""
+
     @property
     def shard_id(self) -> str:
         """The id of the shard whose pool it came from, `s1`."""
