@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 from uuid import uuid4
 
 import psycopg
 import pytest
 from sqlalchemy import event, select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, ResourceClosedError
 
 from shardlib import ShardedEngine, ShardedSession, errors
 from shardlib.catalog import Catalog, open_catalog
@@ -309,6 +312,61 @@ def test_a_flush_inside_a_savepoint(engine: ShardedEngine, pair: tuple[str, str]
         session.add(customer(key, 2))
         session.commit()
     assert names(engine, "s1", key) == [(2,)]
+
+
+AHEAD_FILES = ("session/ahead.py", "session/core.py", "session/unit.py", "session/session.py", "fence/connection.py")
+
+
+def interrupted(work: Callable[[], object], at: int) -> bool:
+    """Run it with a Ctrl-C at point number `at` of where Python can raise one in these files; whether there was one."""
+    left = at
+
+    def profile(frame: FrameType, what: str, arg: Any) -> None:
+        nonlocal left
+        if (
+            what in ("call", "c_return")
+            and frame.f_code.co_filename.endswith(AHEAD_FILES)
+            and arg is not sys.setprofile
+        ):
+            left -= 1
+            if left == 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    sys.setprofile(profile)
+    try:
+        work()
+    except (KeyboardInterrupt, ResourceClosedError):
+        pass  # the latter is SQLAlchemy's, when a listener is interrupted within its rollback
+    finally:
+        sys.setprofile(None)
+    return left <= 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt within a destructor
+@pytest.mark.parametrize("way", ["flush", "read"])
+def test_interrupted_at_each_point_the_connection_comes_back(
+    engine: ShardedEngine, pair: tuple[str, str], way: str
+) -> None:
+    key = pair[0]
+
+    def work() -> None:
+        with engine.session(key) as session:
+            if way == "flush":
+                session.add(customer(key))
+                session.flush()
+            else:
+                session.get(Customer, (key, 1))
+
+    at = 0
+    work()
+    while interrupted(work, at := at + 1):
+        gc.collect(0)
+        assert [stats.in_use for stats in engine._core.pools.stats()] == [0], at
+        work()  # with the only connection there is, or a new one in its place
+    assert at > 30, "there are more points than that"
+    with on(engine, "s1") as conn:
+        assert holders(conn, engine.topology.place(engine.token(key)).gate) == ()
 
 
 ENDS = ["COMMIT", "commit and chain", " end", "ABORT", "rollback", "-- x\nABORT", "/* */ COMMIT", "SELECT 1; COMMIT"]
