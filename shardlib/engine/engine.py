@@ -440,6 +440,7 @@ class ShardedEngine:
         """Close every connection, the watch and the catalog. Idempotent; the engine cannot be used afterwards."""
         _engines.discard(self)
         self._core.closed = True
+        self._observer.close()
         self._settler.stop()
         self._cache.close()
         self._core.pools.dispose()

@@ -7,7 +7,7 @@ import threading
 from shardlib.session.core import Core
 from shardlib.telemetry import Metrics, Statements, TelemetryOptions
 from shardlib.telemetry.metrics import PoolSizes, text_of
-from shardlib.telemetry.providers import export, meter, tracer
+from shardlib.telemetry.providers import Exported, export_to, meters, tracer
 from shardlib.telemetry.spans import Spans
 from shardlib.waits import forget_after_fork
 
@@ -27,7 +27,7 @@ class Observer:
     def __init__(self, core: Core, options: TelemetryOptions) -> None:
         self._core, self._options = core, options
         self._statements: Statements | None = None
-        self._metered = False
+        self._exported: Exported | None = None
         self._lock = threading.Lock()
         forget_after_fork(self)
         self.look()
@@ -39,7 +39,7 @@ class Observer:
     def look(self) -> None:
         """Turn on what has become wanted since the last look."""
         spans = self._options.spans and not self._core.tracing
-        if not spans and (self._metered or self._options.metrics is False):
+        if not spans and (self._exported is not None or self._options.metrics is False):
             return
         with self._lock:
             if spans:
@@ -53,17 +53,17 @@ class Observer:
             self._core.tracing = True
 
     def _count(self) -> None:
-        if self._metered or self._options.metrics is False:
+        if self._exported is not None or self._options.metrics is False:
             return
-        found = meter(self._options.meter_provider)
+        found = meters(self._options.meter_provider)
         metrics = self._core.metrics
         if metrics is None and (found is not None or self._options.metrics):
             metrics = Metrics(self._shard_id)
             self._watched().metrics = metrics
             self._core.metrics = metrics
         if metrics is not None and found is not None:
-            export(found, metrics, self.pools)
-            self._metered = True
+            self._exported = export_to(found)
+            self._exported.add(metrics, self.pools)
 
     def _watched(self) -> Statements:
         if self._statements is None:
@@ -81,6 +81,11 @@ class Observer:
             for stats in self._core.pools.stats()
             for state, size in (("idle", stats.idle), ("in_use", stats.in_use), ("connecting", stats.connecting))
         ]
+
+    def close(self) -> None:
+        """The engine is disposed."""
+        if self._exported is not None and self._core.metrics is not None:
+            self._exported.remove(self._core.metrics)
 
     def text(self) -> str:
         """See `ShardedEngine.metrics`."""

@@ -28,7 +28,12 @@ def connect_pinned(core: Core, key: bytes) -> ShardConnection:
     """
     core.check_open()
     shard = core.cache.current.place(core.token(key)).shard
-    conn = core.pools.engine(shard.id).connect()
+    try:
+        conn = core.pools.engine(shard.id).connect()
+    except BaseException as error:
+        if core.metrics is not None:
+            core.metrics.failed(error, shard.id)
+        raise
     conn.shard, conn.pinned = shard, True
     pin = _Pin(core, key)
     event.listen(conn, "begin", pin.begin)

@@ -19,7 +19,7 @@ from shardlib.fence.connection import drive, start
 from shardlib.fence.verdict import GateClosed, lost_connection
 from shardlib.key.declare import KeySpec, describe
 from shardlib.shard import ShardConnection, ShardPools
-from shardlib.telemetry import Metrics
+from shardlib.telemetry import Metrics, blame
 from shardlib.token import hash_of
 from shardlib.topology import Shard, Status, Topology
 from shardlib.waits import Waiter, Waits
@@ -271,4 +271,5 @@ def as_sqlalchemy(conn: ShardConnection) -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
+        blame(error, conn.shard_id)
         conn._handle_dbapi_exception(error, None, None, None, None)  # noqa: SLF001 - there is no public way

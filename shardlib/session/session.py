@@ -258,6 +258,9 @@ class ShardedSession(Session):
         Raises:
             ShardKeyRequired: the session is not pinned, and nothing tells which shard is meant.
         """
+        if self._core.metrics is not None and not self.observed:
+            with self._core.metrics.request("connection", self):
+                return self.connection(bind_arguments, execution_options)
         if execution_options:
             self._options = dict(execution_options)
         try:

@@ -261,7 +261,12 @@ class Unit:
                     "end it by the session alone: session.commit() or session.rollback()",
                 )
             if self.prepare is not None:
-                self.prepare(self)
+                try:
+                    self.prepare(self)
+                except BaseException as error:
+                    if self.core.metrics is not None:
+                        self.core.metrics.failed(error)
+                    raise
         except BaseException:
             self._stage = "failed"
             raise

@@ -3,8 +3,8 @@
 Nothing here holds a shard key, a value of a row, a parameter, the text of an error or a secret of a DSN.
 """
 
-from shardlib.telemetry.metrics import Metrics
+from shardlib.telemetry.metrics import Metrics, blame
 from shardlib.telemetry.options import TelemetryOptions
 from shardlib.telemetry.statements import Statements
 
-__all__ = ["Metrics", "Statements", "TelemetryOptions"]
+__all__ = ["Metrics", "Statements", "TelemetryOptions", "blame"]

@@ -15,7 +15,9 @@ import psycopg
 from shardlib.fence.connection import UnknownCommit
 from shardlib.waits import forget_after_fork
 
-__all__ = ["BUCKETS_S", "COUNTERS", "DURATION", "POOL_SIZE", "Family", "Metrics", "Observed", "PoolSizes", "text_of"]
+__all__ = [
+    "BUCKETS_S", "COUNTERS", "DURATION", "POOL_SIZE", "Family", "Metrics", "Observed", "PoolSizes", "blame", "text_of",
+]  # fmt: skip
 
 PoolSizes = Iterable[tuple[str, str, int]]
 """Shard id, state (`idle`, `in_use`, `connecting`), connections."""
@@ -137,11 +139,10 @@ class Metrics:
         if self.histogram is not None:
             self.histogram.record(seconds, {"operation": operation})
 
-    def counts(self, family: Family) -> list[tuple[Mapping[str, str], int]]:
-        """The values of a counter, each with its labels."""
+    def counts(self, family: Family) -> dict[tuple[str, ...], int]:
+        """The values of a counter, by the values of its labels."""
         with self._lock:
-            found = sorted(self._counts[family].items())
-        return [(dict(zip(family.labels, labels, strict=True)), value) for labels, value in found]
+            return dict(sorted(self._counts[family].items()))
 
     def durations(self) -> dict[str, tuple[list[int], float]]:
         """By operation: requests in each bucket (the last one has no bound), and the sum of their seconds."""
@@ -203,7 +204,8 @@ def text_of(metrics: Metrics | None, pools: PoolSizes) -> str:
     if metrics is not None:
         for family in COUNTERS:
             lines += _head(family)
-            lines += [_sample(family.name, labels, value) for labels, value in metrics.counts(family)]
+            for values, count in metrics.counts(family).items():
+                lines.append(_sample(family.name, dict(zip(family.labels, values, strict=True)), count))
         lines += _head(DURATION)
         for operation, (buckets, total) in metrics.durations().items():
             labels = {"operation": operation}

@@ -118,7 +118,8 @@ class Spans:
 def _describe(compiled: Any, text: str) -> _Shown:
     """Operation and tables of a statement; the tables of raw SQL are not looked for."""
     word = text.lstrip()[:20].partition(" ")[0].strip("(;\n").upper()
-    statement = getattr(compiled, "statement", None)
+    state = getattr(compiled, "compile_state", None)  # of the ORM: what its statement has become
+    statement = getattr(state, "statement", None) if state is not None else getattr(compiled, "statement", None)
     tables: list[str] = []
     if isinstance(statement, UpdateBase):
         tables = [getattr(statement.table, "fullname", "")]

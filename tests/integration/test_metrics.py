@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import pytest
 from sqlalchemy import insert, select, text
-from sqlalchemy.exc import IntegrityError, ProgrammingError
+from sqlalchemy.exc import IntegrityError, NotSupportedError, ProgrammingError
 
 from shardlib import ShardedEngine, errors
 from shardlib.catalog import open_catalog
@@ -119,6 +119,46 @@ def test_a_commit_that_the_server_refuses_is_an_error(counted: Any) -> None:
         counted.session(work, key)
     seen = figures(counted.engine.metrics())
     assert seen['shard_router_errors_total{error_type="IntegrityError",shard="s1"}'] == 1
+
+
+def test_a_connection_that_cannot_be_had_is_an_error_wherever_it_is_asked_for(shop: LocalCluster, facade: Any) -> None:
+    options = {"pool_size": 1, "max_overflow": 0, "pool_timeout_s": 0.1}
+    made = type(facade)(shop.url, telemetry=TelemetryOptions(metrics=True), **options)
+    home = made.core.shard_for("t").id
+
+    def work(session: Any) -> None:
+        session.scalars(select(Customer)).all()  # keeps the only connection
+        for attempt in (
+            lambda: made.core.session("t").scalars(select(Customer)),
+            lambda: made.core.session("t").connection(),
+            lambda: made.core.connect("t"),
+        ):
+            with pytest.raises(errors.PoolTimeout):
+                attempt()
+
+    try:
+        made.session(work, "t")
+        seen = figures(made.engine.metrics())
+        assert seen[f'shard_router_errors_total{{error_type="PoolTimeout",shard="{home}"}}'] == 3
+    finally:
+        made.close()
+
+
+def test_a_shard_that_does_not_prepare_is_an_error(counted: Any) -> None:
+    keys = one_key_a_shard(counted.core)
+
+    def work(session: Any) -> None:
+        session.execute(insert(Customer).values(tenant_id=keys["s1"], id=1, name="n"))
+        session.connection().exec_driver_sql("CREATE TEMP TABLE unpreparable (id int) ON COMMIT DROP")
+        session.execute(insert(Customer).values(tenant_id=keys["s2"], id=1, name="n"))
+        session.commit()
+
+    with pytest.raises(NotSupportedError):
+        counted.session(work, twophase=True)
+    seen = figures(counted.engine.metrics())
+    assert {name: value for name, value in seen.items() if "errors" in name} == {
+        'shard_router_errors_total{error_type="NotSupportedError",shard="s1"}': 1
+    }
 
 
 @pytest.mark.parametrize("kind", [SyncFacade, AsyncFacade])
