@@ -61,6 +61,7 @@ COUNTERS: Final = (REQUESTS, ERRORS, SHARD_REQUESTS, REFUSALS, CACHE_HITS)
 BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 """Upper bounds, those that OpenTelemetry's conventions give for `db.client.operation.duration`."""
 
+_PENDING_MAX: Final = 128
 _SHARD: Final = "_shardlib_shard"
 _TOLD: Final = frozenset(("shardlib", "sqlalchemy", "psycopg", "builtins", "asyncio"))
 _DRIVER: Final = (
@@ -85,15 +86,15 @@ class Metrics:
     def __init__(self, shard_id_of: Callable[[str], str] = str) -> None:
         self._shard_id_of = shard_id_of
         self.histogram: Any = None
-        """OpenTelemetry's, told of each duration too."""
+        """OpenTelemetry's, told of each duration too, by `flush`."""
         self._reset()
         forget_after_fork(self)
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._counts: dict[Family, dict[tuple[str, ...], int]] = {family: {} for family in COUNTERS}
-        # A counter without labels is there from the start.
-        self._counts[CACHE_HITS][()] = 0
+        self._counts: dict[Family, dict[tuple[str, ...], int]] = {ERRORS: {}, SHARD_REQUESTS: {}, REFUSALS: {}}
+        self._routed = 0
+        self._pending: list[tuple[str, float]] = []
         self._durations: dict[str, tuple[list[int], list[float]]] = {}
 
     def after_fork_in_child(self) -> None:
@@ -107,7 +108,8 @@ class Metrics:
 
     def routed(self) -> None:
         """A routing decision was taken by the topology in memory."""
-        self._count(CACHE_HITS)
+        with self._lock:
+            self._routed += 1
 
     def sent(self, shard_id: str) -> None:
         """A statement or COMMIT goes to a shard."""
@@ -129,19 +131,32 @@ class Metrics:
         """A request has ended, well or not."""
         place = bisect_left(BUCKETS_S, seconds)
         with self._lock:
-            counts = self._counts[REQUESTS]
-            counts[(operation,)] = counts.get((operation,), 0) + 1
             found = self._durations.get(operation)
             if found is None:
                 found = self._durations[operation] = ([0] * (len(BUCKETS_S) + 1), [0.0])
             found[0][place] += 1
             found[1][0] += seconds
-        if self.histogram is not None:
+            if self.histogram is None:
+                return
+            self._pending.append((operation, seconds))
+            if len(self._pending) < _PENDING_MAX:
+                return
+        self.flush()
+
+    def flush(self) -> None:
+        """Hand the durations of late to OpenTelemetry: many at once take a fifth of the time that one by one do."""
+        with self._lock:
+            pending, self._pending = self._pending, []
+        for operation, seconds in pending:
             self.histogram.record(seconds, {"operation": operation})
 
     def counts(self, family: Family) -> dict[tuple[str, ...], int]:
         """The values of a counter, by the values of its labels."""
         with self._lock:
+            if family is CACHE_HITS:
+                return {(): self._routed}
+            if family is REQUESTS:
+                return {(name,): sum(buckets) for name, (buckets, _) in sorted(self._durations.items())}
             return dict(sorted(self._counts[family].items()))
 
     def durations(self) -> dict[str, tuple[list[int], float]]:

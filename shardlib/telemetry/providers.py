@@ -83,6 +83,7 @@ class Exported:
         """The engine is disposed; idempotent."""
         with self._lock:
             if self._engines.pop(metrics, None) is not None:
+                metrics.flush()
                 for family, sums in self._ended.items():
                     sums.update(metrics.counts(family))
 
@@ -93,6 +94,7 @@ class Exported:
         with self._lock:
             sums = self._ended[family].copy()
             for metrics in list(self._engines):
+                metrics.flush()  # histograms are collected after all that is asked for
                 sums.update(metrics.counts(family))
         return [Observation(value, dict(zip(family.labels, labels, strict=True))) for labels, value in sums.items()]
 

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 __all__ = ["Spans"]
 
 _SUMMARY_MAX: Final = 255
+_FOLLOWS: Final = (
+    ",remoteParentNotSampled:AlwaysOffSampler"
+    ",localParentSampled:AlwaysOnSampler,localParentNotSampled:AlwaysOffSampler}"
+)
+"""How the SDK describes a sampler that takes the decision of the parent, as its default does."""
 _WORDS: Final = frozenset((
     "SELECT", "INSERT", "UPDATE", "DELETE", "MERGE", "WITH", "VALUES", "TABLE", "COPY", "CALL", "DO", "SET", "SHOW",
     "RESET", "EXPLAIN", "ANALYZE", "LOCK", "TRUNCATE", "CREATE", "ALTER", "DROP", "GRANT", "REVOKE", "COMMENT",
@@ -44,15 +49,25 @@ class Spans:
     """
 
     def __init__(self, tracer: Tracer, query_text: bool) -> None:
-        from opentelemetry.trace import SpanKind, StatusCode
+        from opentelemetry.trace import SpanKind, StatusCode, get_current_span
 
         self._tracer, self._query_text = tracer, query_text
         self._kind, self._error = SpanKind.CLIENT, StatusCode.ERROR
+        self._current = get_current_span
+        sampler = getattr(tracer, "sampler", None)  # of the SDK's tracers
+        self._follows = sampler is not None and str(sampler.get_description()).endswith(_FOLLOWS)
         self._known: WeakKeyDictionary[Any, _Shown] = WeakKeyDictionary()
         self._endpoints: dict[tuple[str, str], tuple[Dsn, Mapping[str, Any]]] = {}
 
-    def statement(self, conn: Any, context: Any, text: str, batch: int) -> Span:
-        """The span of a statement that is about to be sent.
+    def _dropped(self) -> bool:
+        """Whether the sampler would drop a span for its parent's sake: what happens to most, told with little work."""
+        if not self._follows:
+            return False
+        parent = self._current().get_span_context()
+        return parent.is_valid and not parent.trace_flags.sampled
+
+    def statement(self, conn: Any, context: Any, text: str, batch: int) -> Span | None:
+        """The span of a statement that is about to be sent; None if nobody would see it.
 
         Args:
             conn: a `ShardConnection`.
@@ -60,6 +75,8 @@ class Spans:
             text: the SQL.
             batch: parameter sets that psycopg sends one by one; 1 for a plain statement.
         """
+        if self._dropped():
+            return None
         shown = self._shown(context.compiled, text)
         pool = conn.engine.pool
         route = "fan_out" if conn.fan_out is not None else conn.route
@@ -78,8 +95,10 @@ class Spans:
             attributes["db.query.text"] = text
         return self._tracer.start_span(name, kind=self._kind, attributes=attributes)
 
-    def commit(self, pool: Any) -> Span:
-        """The span of a COMMIT that is about to be sent."""
+    def commit(self, pool: Any) -> Span | None:
+        """The span of a COMMIT that is about to be sent; None if nobody would see it."""
+        if self._dropped():
+            return None
         attributes = {**self._endpoint(pool), "db.operation.name": "COMMIT", "db.query.summary": "COMMIT"}
         return self._tracer.start_span("COMMIT", kind=self._kind, attributes=attributes)
 

@@ -53,7 +53,7 @@ class Statements:
         if metrics is not None:
             metrics.sent(shard.id)
         span = None if spans is None else spans.statement(conn, context, text, batch)
-        began = time.perf_counter()
+        began = time.perf_counter() if conn.pinned else 0.0
         try:
             send(*arguments)
         except BaseException as error:

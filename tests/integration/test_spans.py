@@ -14,6 +14,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased, TraceIdRatioBased
 from opentelemetry.trace import SpanKind, StatusCode
 from sqlalchemy import insert, select, text, update
 from sqlalchemy.exc import IntegrityError
@@ -295,3 +296,31 @@ def test_a_wrong_option_is_refused(name: str, value: object) -> None:
     options: dict[str, Any] = {name: value}
     with pytest.raises(errors.InvalidArgument, match=name):
         TelemetryOptions(**options)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_spans_follow_the_sampling_of_their_parent(shop: LocalCluster, facade: Any, rate: float) -> None:
+    exporter = InMemorySpanExporter()
+    tracers = TracerProvider(sampler=ParentBased(TraceIdRatioBased(rate)), shutdown_on_exit=False)
+    tracers.add_span_processor(SimpleSpanProcessor(exporter))
+    everything = TracerProvider(sampler=ALWAYS_ON, shutdown_on_exit=False)  # does not ask for the parent
+    everything.add_span_processor(SimpleSpanProcessor(exporter))
+
+    def traced(provider: TracerProvider) -> list[str]:
+        made = type(facade)(shop.url, telemetry=TelemetryOptions(tracer_provider=provider))
+
+        def work(session: Any) -> None:
+            with tracers.get_tracer("app").start_as_current_span("request"):
+                session.scalars(select(Customer).where(Customer.tenant_id == "t")).all()
+
+        try:
+            made.session(work)
+            return [span.name for span in exporter.get_finished_spans()]
+        finally:
+            made.close()
+            exporter.clear()
+
+    assert traced(tracers) == (["SELECT customer", "request"] if rate else [])
+    assert traced(everything) == (["SELECT customer", "request"] if rate else ["SELECT customer"])
+    tracers.shutdown()
+    everything.shutdown()
