@@ -1,4 +1,4 @@
-"""P9: a password appears in no exception, repr, log or statement log, whatever goes wrong."""
+"""P9: a password appears in no exception, repr, log, statement log, span or metric, whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from sqlalchemy import select
+from sqlalchemy import text as sql_text
+from sqlalchemy.exc import ProgrammingError
 
 from shardlib import AsyncShardedEngine, ShardedEngine, errors
 from shardlib.catalog import open_catalog
 from shardlib.dsn import Dsn
+from shardlib.telemetry import TelemetryOptions
 from shardlib_ops import LocalCluster
 from tests.support.models import Base, Customer
 
@@ -188,3 +196,34 @@ def test_p9_a_rotated_password_is_picked_up(cluster: LocalCluster, monkeypatch: 
         with psycopg.connect(server.dsn, autocommit=True) as conn:
             conn.execute(f"ALTER ROLE canary PASSWORD '{CANARY}'")
         point(cluster, dsn(cluster))
+
+
+def test_p9_spans_and_metrics_hold_no_password(cluster: LocalCluster) -> None:
+    exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
+    tracers, meters = TracerProvider(shutdown_on_exit=False), MeterProvider([reader])
+    tracers.add_span_processor(SimpleSpanProcessor(exporter))
+    options = TelemetryOptions(tracer_provider=tracers, meter_provider=meters)
+    assert_clean(repr(options))
+    try:
+        with ShardedEngine(cluster.url, telemetry=options) as engine:
+            with engine.session("t") as session:
+                session.scalars(select(Customer)).all()
+                session.commit()
+            with pytest.raises(ProgrammingError), engine.session("t") as session:
+                session.execute(sql_text("SELECT * FROM none_such WHERE password = :given"), {"given": CANARY})
+            assert_clean(engine.metrics())
+        point(cluster, dsn(cluster, dbname="nowhere"))
+        with ShardedEngine(cluster.url, telemetry=options) as engine:
+            with pytest.raises(errors.ShardUnavailable), engine.session("t") as session:
+                session.scalars(select(Customer)).all()
+            assert_clean(engine.metrics())
+            assert 'errors_total{error_type="ShardUnavailable",shard="s1"} 1' in engine.metrics()
+    finally:
+        point(cluster, dsn(cluster))
+    spans = [span.to_json() for span in exporter.get_finished_spans()]
+    assert len(spans) == 3
+    data = reader.get_metrics_data()
+    assert data is not None
+    assert_clean("".join(spans) + data.to_json())
+    tracers.shutdown()
+    meters.shutdown()
