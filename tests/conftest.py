@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 SEED = int(os.environ.get("SHARDLIB_TEST_SEED") or random.SystemRandom().randrange(2**32))
 DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
+
+
+def pytest_configure() -> None:
+    # A shell starts background jobs with SIGINT ignored, and the tests of Ctrl-C would wait for ever.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
