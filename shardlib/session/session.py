@@ -329,7 +329,7 @@ class ShardedSession(Session):
         for key, positions in rows.items():
             (shard_id,) = self._core.places(unit.topology, (key,))
             groups.setdefault(shard_id, []).extend(positions)
-        return [(unit.legs[shard_id], sorted(positions)) for shard_id, positions in groups.items()]
+        return [(unit.legs[shard_id], sorted(set(positions))) for shard_id, positions in groups.items()]
 
     def _rows_by_leg(self, keys: Iterable[bytes]) -> list[tuple[Leg, list[int]]]:
         rows: dict[bytes, list[int]] = {}
