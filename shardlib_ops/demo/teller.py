@@ -175,8 +175,9 @@ class Trimmed(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Flush the file."""
-        self._file.flush()
+        """Flush the file, unless it is closed: Python flushes once more when this object goes."""
+        if not self._file.closed:
+            self._file.flush()
 
     def isatty(self) -> bool:
         """It is none, and neither is the file."""

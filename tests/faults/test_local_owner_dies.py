@@ -23,6 +23,8 @@ pytestmark = pytest.mark.fault
 
 OWNER = """
 import json, os, signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, in which the tests may run, has it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from shardlib_ops import LocalCluster
 with LocalCluster(shards=1, replicas=1, bootstrap=False) as cluster:
     cluster.spare("spare-1")
