@@ -4,10 +4,11 @@
 # ruff: noqa: SLF001
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, literal_column, select
+from sqlalchemy import Select, Table, literal_column, select
 from sqlalchemy.dialects.postgresql.dml import OnConflictDoUpdate
 from sqlalchemy.sql.dml import Insert
 from sqlalchemy.sql.elements import BindParameter, ClauseElement
@@ -29,18 +30,13 @@ def inserted(statement: Insert, target: Target, parameters: Parameters, describe
     """Decide which shard keys an INSERT needs; see `extract.needs_of`."""
     _check_conflict(statement, target)
     sets = sets_of(parameters)
-    inner = _inner_keys(statement, sets, describe)
     if statement.select is not None:
         if sets and (len(sets) > 1 or not isinstance(parameters, Mapping)):
             raise UnsupportedOperation("INSERT from SELECT takes one set of parameters", "run it once for each")
         needs = _from_select(statement, target, sets[0] if sets else {}, describe)
     else:
         needs = _from_rows(statement, target, sets)
-    if inner is None:
-        return needs
-    keys = tuple(dict.fromkeys((*needs.keys, *inner.keys)))
-    tables = tuple(dict.fromkeys((*needs.tables, *inner.tables)))
-    return Needs(Scope.KEYED, keys, True, tables, "a subquery in the values of an INSERT", needs.per_key_rows)
+    return _with_subqueries(needs, statement, sets, describe)
 
 
 def _from_rows(statement: Insert, target: Target, sets: Sequence[Given]) -> Needs:
@@ -59,7 +55,7 @@ def _from_rows(statement: Insert, target: Target, sets: Sequence[Given]) -> Need
     for index, given in enumerate(sets or ({},)):
         row = {**fixed, **given}
         rows.setdefault(key_of_row(target, row, given, f"row {index}"), []).append(index)
-    many = len(sets) > 1
+    many = len(sets) > 1 or (target.mapped and bool(sets))  # of a mapped class: SQLAlchemy's bulk insert, even of one
     return Needs(
         Scope.KEYED,
         tuple(rows),
@@ -93,16 +89,51 @@ def _check_conflict(statement: Insert, target: Target) -> None:
                 raise ShardKeyChanged(target.table.fullname, "that of the row in conflict", shown)
 
 
-def _inner_keys(statement: Insert, sets: Sequence[Given], describe: Describe) -> Needs | None:
-    """The keys that subqueries in the values, in RETURNING or in ON CONFLICT need; None without subqueries."""
+def _with_subqueries(needs: Needs, statement: Insert, sets: Sequence[Given], describe: Describe) -> Needs:
+    """Add the keys that subqueries in the values, in RETURNING or in ON CONFLICT need, each beside its row's."""
+    listed = [_row_values(row) for group in statement._multi_values for row in group]
+    common = _inner_keys(_common_values(statement), sets, describe)
+    own = [_inner_keys(values, sets, describe) for values in listed]
+    found = [inner for inner in (common, *own) if inner is not None]
+    if not found:
+        return needs
+    keys = dict.fromkeys(needs.keys)
+    tables = dict.fromkeys(needs.tables)
+    for inner in found:
+        keys.update(dict.fromkeys(key for each in inner.keys for key in each))
+        tables.update(dict.fromkeys(inner.tables))
+    together: dict[tuple[bytes, ...], None] = {}
+    for key, positions in (needs.per_key_rows or {}).items():
+        for position in positions:
+            mine = [key]
+            for inner in (common, own[position] if listed else None):
+                if inner is not None:
+                    mine += inner.keys[0 if listed else position]
+            together[tuple(dict.fromkeys(mine))] = None
+    why = "a subquery in the values of an INSERT"
+    return Needs(Scope.KEYED, tuple(keys), True, tuple(tables), why, needs.per_key_rows, tuple(together))
+
+
+@dataclass(frozen=True, slots=True)
+class _Inner:
+    """What subqueries need: their keys for each set of parameters, and their tables."""
+
+    keys: tuple[tuple[bytes, ...], ...]
+    tables: tuple[Table, ...]
+
+
+def _common_values(statement: Insert) -> list[Any]:
     values: list[Any] = [*(statement._values or {}).values(), *statement._returning]
-    values += [value for group in statement._multi_values for row in group for value in _row_values(row)]
     clause = statement._post_values_clause
     if clause is not None:
         for element in walk((clause,)):
             if isinstance(element, OnConflictDoUpdate):
                 values += element.update_values_to_set.values()
                 values.append(element.update_whereclause)
+    return values
+
+
+def _inner_keys(values: Iterable[Any], sets: Sequence[Given], describe: Describe) -> _Inner | None:
     found = [v for v in values if isinstance(v, ClauseElement) and next(inside((v,)), None) is not None]
     if not found:
         return None
@@ -115,10 +146,10 @@ def _inner_keys(statement: Insert, sets: Sequence[Given], describe: Describe) ->
             "a subquery in an INSERT has no shard key",
             "give it one in its condition, or read the value first",
         )
-    keys: dict[bytes, None] = {}
-    for given in sets or ({},):
-        keys.update(dict.fromkeys(keys_of(plan.keys, Supplied((), {**own, **given}))))
-    return Needs(Scope.KEYED, tuple(keys), False, plan.tables) if plan.tables else None
+    if not plan.tables:
+        return None
+    keys = tuple(keys_of(plan.keys, Supplied((), {**own, **given})) for given in sets or ({},))
+    return _Inner(keys, plan.tables)
 
 
 def _row_values(row: Any) -> Sequence[Any]:

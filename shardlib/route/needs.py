@@ -60,7 +60,10 @@ class Needs:
         merge: None when the rows of the shards, each read once, put together in any order are the answer; else
             what would need a merge ("ORDER BY", "the aggregate max()", ...). It says nothing when one shard owns
             all keys.
-        per_key_rows: for several rows or parameter sets, which of them (indexes) go to each key; else None.
+        per_key_rows: for several rows or parameter sets, which of them (indexes) go to each key; else None. Each of
+            them is for itself: `merge` then says nothing of the rows of several sets.
+        together: beside `per_key_rows`, the keys that one row or set needs in one place, as what it writes follows
+            from rows of all of them.
     """
 
     scope: Scope
@@ -69,3 +72,4 @@ class Needs:
     tables: tuple[Table, ...] = ()
     merge: str | None = None
     per_key_rows: Mapping[bytes, tuple[int, ...]] | None = None
+    together: tuple[tuple[bytes, ...], ...] = ()

@@ -65,15 +65,20 @@ def _changed(statement: Update | Delete, target: Target, parameters: Parameters,
     tables = tuple(dict.fromkeys((target.table, *plan.tables)))
     extracted: Sequence[BindParameter[Any]] = () if cache_key is None else cache_key.bindparams
     rows: dict[bytes, list[int]] = {}
+    together: dict[tuple[bytes, ...], None] = {}
     for index, given in enumerate(sets):
         supplied = Supplied(extracted, given)
         _check_set(statement, target, plan, cache_key, supplied)
-        for key in keys_of(plan.keys or (), supplied):
+        keys = keys_of(plan.keys or (), supplied)
+        for key in keys:
             rows.setdefault(key, []).append(index)
+        if plan.merge is not None and len(keys) > 1:
+            together[keys] = None
     if plan.keys is None:
         return Needs(Scope.SCAN, (), True, tables, plan.merge)
-    many = len(sets) > 1
-    return Needs(Scope.KEYED, tuple(rows), True, tables, plan.merge, grouped(rows) if many else None)
+    if len(sets) == 1:
+        return Needs(Scope.KEYED, tuple(rows), True, tables, plan.merge)
+    return Needs(Scope.KEYED, tuple(rows), True, tables, plan.merge, grouped(rows), tuple(together))
 
 
 def _as_select(statement: Update | Delete) -> SelectBase:

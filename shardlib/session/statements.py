@@ -123,18 +123,27 @@ def _unpinned(session: ShardedSession, needs: Needs, all_shards: bool, order_is_
         if needs.writes and not all_shards:
             raise keyless_write(needs, "on every shard")
         legs = session._hold(_every_shard, write=needs.writes)  # noqa: SLF001
-    if (
-        len(legs) > 1
-        and needs.merge
-        and needs.per_key_rows is None
-        and not (order_is_per_parent and needs.merge == "ORDER BY")
-    ):
-        raise UnsupportedCrossShardQuery(
-            f"{needs.merge} over {len(legs)} shards would need their rows to be merged, which is not done yet",
-            "name one shard key in the criteria, or run it for each shard in a pinned session and put the parts "
-            "together",
-        )
+    if len(legs) > 1 and needs.merge and not (order_is_per_parent and needs.merge == "ORDER BY"):
+        if needs.per_key_rows is None:
+            raise UnsupportedCrossShardQuery(
+                f"{needs.merge} over {len(legs)} shards would need their rows to be merged, which is not done yet",
+                "name one shard key in the criteria, or run it for each shard in a pinned session and put the parts "
+                "together",
+            )
+        _check_together(session, needs)
     return legs
+
+
+def _check_together(session: ShardedSession, needs: Needs) -> None:
+    """Refuse rows or parameter sets that meet rows of another shard, where all of them go each to its own."""
+    topology = session._now.topology  # noqa: SLF001
+    for keys in needs.together:
+        shards = len(session._core.places(topology, keys))  # noqa: SLF001
+        if shards > 1:
+            raise UnsupportedCrossShardQuery(
+                f"{needs.merge} over {shards} shards would need rows of one to be known on another",
+                "read the value first and give it as a parameter, or keep what belongs together under one shard key",
+            )
 
 
 def pinned_needs(statement: Any, parameters: Any, describe: Describe) -> Needs:
