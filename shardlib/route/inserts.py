@@ -106,9 +106,9 @@ def _with_subqueries(needs: Needs, statement: Insert, sets: Sequence[Given], des
     for key, positions in (needs.per_key_rows or {}).items():
         for position in positions:
             mine = [key]
-            for inner in (common, own[position] if listed else None):
-                if inner is not None:
-                    mine += inner.keys[0 if listed else position]
+            for beside in (common, own[position] if listed else None):
+                if beside is not None:
+                    mine += beside.keys[0 if listed else position]
             together[tuple(dict.fromkeys(mine))] = None
     why = "a subquery in the values of an INSERT"
     return Needs(Scope.KEYED, tuple(keys), True, tuple(tables), why, needs.per_key_rows, tuple(together))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Table
@@ -70,6 +70,25 @@ class InstanceKeys:
                 raise ShardKeyChanged(plan.table.fullname, _single(values), _single(now))
         return key
 
+    def check_unchanged(self, instance: object, key: bytes) -> None:
+        """See that an object still has the key by which its row was sent.
+
+        SQLAlchemy asks for the connection before it tells `before_insert` and `before_update`, whose listeners may
+        change the row.
+
+        Raises:
+            ShardKeyChanged: it has another key.
+        """
+        state: Any = instance_state(instance)
+        plan = self._plan(state.mapper)
+        if plan is None:
+            return
+        now = tuple([state.dict.get(name, _LEFT) for name in plan.attributes])
+        if _LEFT in now:  # not loaded, so not changed
+            return
+        if None in now or plan.spec.encode(now) != key:
+            raise ShardKeyChanged(plan.table.fullname, key.decode(errors="replace"), _single(now))
+
     def mapping_key(self, mapper: Mapper[Any], row: Mapping[str, Any]) -> bytes:
         """Key bytes of a row given as a mapping from attribute names.
 
@@ -123,6 +142,20 @@ class InstanceKeys:
                 "map the class with the whole primary key of its table",
             )
         return None
+
+
+_LEFT: Final = object()
+
+
+def changes_rows(mapper: Mapper[Any] | None) -> bool:
+    """Whether somebody listens who may change a row of this mapper, or of one below, after it was routed."""
+    if mapper is None:
+        return True
+    for below in mapper.self_and_descendants:
+        heard = below.dispatch
+        if heard.before_insert or heard.before_update:
+            return True
+    return False
 
 
 def _single(values: tuple[Any, ...]) -> object:

@@ -18,7 +18,7 @@ from shardlib.route.consistency import Consistency
 from shardlib.route.extract import needs_of
 from shardlib.session.ahead import ahead_of_flush, quick_leg
 from shardlib.session.core import Ahead, Core, Needed
-from shardlib.session.instances import InstanceKeys
+from shardlib.session.instances import InstanceKeys, changes_rows
 from shardlib.session.rows import RowByRow
 from shardlib.session.statements import check_core, route_statement
 from shardlib.session.twophase import TwoPhase
@@ -70,6 +70,8 @@ class ShardedSession(Session):
     _handed_out: WeakSet[Connection] | None = None
     _ahead: Ahead | None = None
     _executing = 0
+    _sent: list[tuple[object, bytes]] | None = None
+    """The objects of a flush that listeners may change after they were routed, with the key they were routed by."""
 
     def __init__(
         self,
@@ -147,16 +149,13 @@ class ShardedSession(Session):
             with self._core.metrics.request("flush", self):
                 self._flush(objects)
             return
-        ahead = ahead_of_flush(self)
-        if ahead is None:
-            super()._flush(objects)
-            return
-        self._ahead = ahead
+        ahead = self._ahead = ahead_of_flush(self)
         try:
             super()._flush(objects)
         finally:
-            self._ahead = None
-            ahead.close()
+            self._ahead = self._sent = None
+            if ahead is not None:
+                ahead.close()
 
     def _enlist(self, leg: Leg) -> Connection:
         """The leg's connection, inside the innermost savepoint: SQLAlchemy sets it when it first asks for it there."""
@@ -296,7 +295,15 @@ class ShardedSession(Session):
         key = self._instance_keys.writable_key_of(instance)
         if self._pin is not None and key != self._pin:
             self._check_pin((key,), f"this {type(instance).__name__}")
+        if self._sent is not None or changes_rows(mapper):
+            self._sent = self._sent or []
+            self._sent.append((instance, key))
         return self._enlist(self._hold_key(key, write=True))
+
+    def _check_sent(self) -> None:
+        """Refuse a flush whose listeners have changed the key of a row that was sent by then."""
+        for instance, key in self._sent or ():
+            self._instance_keys.check_unchanged(instance, key)
 
     # -- bulk operations ------------------------------------------------------------------------------------------
 
@@ -401,6 +408,13 @@ def _ended(session: Session, transaction: SessionTransaction) -> None:
             leg.savepoint_ended()
     elif sharded.two_phase is not None and transaction.parent is None:
         sharded.two_phase.resolve()  # closing a session, as its `with` block does after an error, tells no rollback
+
+
+@event.listens_for(ShardedSession, "after_flush", propagate=True)
+def _flushed(session: Session, context: Any) -> None:
+    sharded: Any = session
+    if sharded._sent is not None:  # noqa: SLF001 - our own class
+        sharded._check_sent()  # noqa: SLF001 - a refusal here undoes the flush, as any failure of it
 
 
 @event.listens_for(ShardedSession, "after_commit", propagate=True)
