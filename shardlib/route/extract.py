@@ -90,10 +90,11 @@ def _read(statement: SelectBase, given: Given, describe: Describe) -> Needs:
     if plan.writes:
         return _with_writes(plan, Supplied(extracted, given), describe)
     if plan.keys is None:
-        return Needs(Scope.SCAN, (), False, plan.tables, plan.merge)
+        return Needs(Scope.SCAN, (), False, plan.tables, plan.merge, calls=plan.calls)
     if not plan.tables:
         return Needs(Scope.REFERENCE)
-    return Needs(Scope.KEYED, keys_of(plan.keys, Supplied(extracted, given)), False, plan.tables, plan.merge)
+    keys = keys_of(plan.keys, Supplied(extracted, given))
+    return Needs(Scope.KEYED, keys, False, plan.tables, plan.merge, calls=plan.calls)
 
 
 def _with_writes(plan: Plan, supplied: Supplied, describe: Describe) -> Needs:
@@ -108,4 +109,5 @@ def _with_writes(plan: Plan, supplied: Supplied, describe: Describe) -> Needs:
     for needs in inner:
         keys.update(dict.fromkeys(needs.keys))
         tables.update(dict.fromkeys(needs.tables))
-    return Needs(Scope.KEYED, tuple(keys), True, tuple(tables), "a data-modifying CTE")
+    calls = tuple(dict.fromkeys((*plan.calls, *(name for needs in inner for name in needs.calls))))
+    return Needs(Scope.KEYED, tuple(keys), True, tuple(tables), "a data-modifying CTE", calls=calls)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
+
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import AbstractTextClause, ClauseElement, ColumnClause
 from sqlalchemy.sql.functions import FunctionElement
 
-__all__ = ["AGGREGATES", "SCALARS", "calls_the_unknown"]
+__all__ = ["AGGREGATES", "calls_of", "known"]
 
 _AGGREGATES = """
-    any_value array_agg avg bit_and bit_or bit_xor bool_and bool_or corr count covar_pop covar_samp
+    aggregate_strings any_value array_agg avg bit_and bit_or bit_xor bool_and bool_or corr count covar_pop covar_samp
     cume_dist dense_rank every grouping json_agg json_agg_strict json_arrayagg json_object_agg
     json_objectagg jsonb_agg jsonb_object_agg max min mode percent_rank percentile_cont percentile_disc
     range_agg range_intersect_agg rank regr_avgx regr_avgy regr_count regr_intercept regr_r2 regr_slope
@@ -17,7 +22,7 @@ _AGGREGATES = """
 """
 
 _SCALARS = """
-    abs acos age array_append array_cat array_length array_position array_prepend array_remove array_replace
+    abbrev abs acos age array_append array_cat array_length array_position array_prepend array_remove array_replace
     array_to_json array_to_string ascii asin atan atan2 bit_length btrim cardinality cast cbrt ceil ceiling
     char_length clock_timestamp coalesce concat concat_ws convert_from convert_to cos current_date
     current_time current_timestamp current_user date date_bin date_part date_trunc decode degrees div encode
@@ -35,13 +40,31 @@ _SCALARS = """
     to_date to_hex to_json to_jsonb to_number to_timestamp to_tsquery to_tsvector transaction_timestamp
     translate trim trunc ts_headline ts_rank ts_rank_cd unistr upper user uuid_generate_v4 uuidv4 uuidv7
     websearch_to_tsquery width_bucket
+
+    array_dims array_fill array_lower array_ndims array_positions array_reverse array_sample array_shuffle array_sort
+    array_to_tsvector array_upper bit_count bool broadcast casefold char chr cosh cotd crc32 crc32c cube currval
+    daterange datemultirange enum_first enum_last enum_range erf erfc family float4 float8 gamma get_bit get_byte host
+    hostmask inet_merge inet_same_family int2 int4 int4range int8 int8range interval is_normalized isempty json
+    json_object json_scalar json_serialize json_strip_nulls jsonb jsonb_insert jsonb_object jsonb_path_match
+    jsonb_path_query_array_tz jsonb_pretty justify_days lastval lower_inc lower_inf macaddr8_set7bit makeaclitem
+    masklen min_scale multirange netmask network nextval normalize now numeric numnode numrange overlaps querytree
+    quote_nullable random_normal range_merge regexp_instr rollup grouping_sets scale set_bit set_byte sind sinh strip
+    suffix tand tanh text time timestamp timestamptz trim_array trim_scale ts_delete ts_filter ts_rewrite
+    tsquery_phrase tsrange tstzrange tsvector_to_array upper_inc upper_inf uuid uuid_extract_timestamp
+    uuid_extract_version uuid_generate_v1 uuid_generate_v3 uuid_generate_v5 varchar xmlconcat xmlelement xmlforest
+
+    akeys avals citext crypt delete digest dmetaphone earth_distance exist gen_salt hmac hstore levenshtein
+    levenshtein_less_equal ll_to_earth metaphone nlevel show_trgm skeys soundex strict_word_similarity subltree
+    subpath svals text2ltree unaccent word_similarity
+
+    cume_dist dense_rank first_value lag last_value lead next_value nth_value ntile percent_rank rank row_number
 """
 
 AGGREGATES = frozenset(_AGGREGATES.split())
 """Aggregate functions of PostgreSQL 18."""
 
 SCALARS = frozenset(_SCALARS.split())
-"""Functions of one row, of PostgreSQL and its usual extensions. Any other function may be an aggregate."""
+"""Functions of one row, of PostgreSQL and its usual extensions, and of windows, which need OVER."""
 
 _WITHOUT_TABLES = """
     current_database current_schema current_schemas current_setting generate_series generate_subscripts
@@ -55,16 +78,43 @@ _ROWS = frozenset(_WITHOUT_TABLES.split())
 """Functions of PostgreSQL, of a server or of rows made from their arguments, that read no table of the user's."""
 
 
-def calls_the_unknown(statement: ClauseElement) -> bool:
-    """Whether a statement without tables calls a function that is not PostgreSQL's, or holds text that may call one."""
-    for element in visitors.iterate(statement):
+_NO_CALLS = """
+    all and any array as between bit by case cast char character decimal else exists filter float ilike in interval is
+    like not numeric on operator or over precision row some then time timestamp using varbit varchar varying when where
+    within zone
+"""
+_BEFORE_PARENTHESES = frozenset(_NO_CALLS.split())
+_CALL = re.compile(r"""([\w$."]+)\s*\(""")
+
+
+def known(function: FunctionElement[Any]) -> bool:
+    """Whether a function is PostgreSQL's own, or of its usual extensions: what it reads is in its arguments."""
+    if any(name != "pg_catalog" for name in getattr(function, "packagenames", ())):
+        return False
+    return _is_known(str(getattr(function, "name", "")))
+
+
+def _is_known(name: str) -> bool:
+    name = name.lower()
+    return name in SCALARS or name in AGGREGATES or name in _ROWS or name.startswith("pg_")
+
+
+def calls_of(statements: Iterable[ClauseElement]) -> tuple[str, ...]:
+    """The functions, unique, that statements call and that are not known: they may be aggregates, or read any table."""
+    found: dict[str, None] = {}
+    for element in chain.from_iterable(map(visitors.iterate, statements)):
         if isinstance(element, FunctionElement):
-            name = str(getattr(element, "name", "")).lower()
-            if name not in SCALARS and name not in AGGREGATES and name not in _ROWS and not name.startswith("pg_"):
-                return True
+            if not known(element):
+                names = (*getattr(element, "packagenames", ()), getattr(element, "name", type(element).__name__))
+                found[".".join(map(str, names))] = None
         elif isinstance(element, AbstractTextClause):
-            if "(" in str(element):
-                return True
-        elif isinstance(element, ColumnClause) and element.is_literal and "(" in element.name:
-            return True
-    return False
+            found.update(dict.fromkeys(_calls_in(str(element))))
+        elif isinstance(element, ColumnClause) and element.is_literal:
+            found.update(dict.fromkeys(_calls_in(element.name)))
+    return tuple(found)
+
+
+def _calls_in(text: str) -> Iterator[str]:
+    for name in _CALL.findall(text):
+        if name.lower() not in _BEFORE_PARENTHESES and not _is_known(name.removeprefix("pg_catalog.")):
+            yield name

@@ -111,15 +111,17 @@ def _with_subqueries(needs: Needs, statement: Insert, sets: Sequence[Given], des
                     mine += beside.keys[0 if listed else position]
             together[tuple(dict.fromkeys(mine))] = None
     why = "a subquery in the values of an INSERT"
-    return Needs(Scope.KEYED, tuple(keys), True, tuple(tables), why, needs.per_key_rows, tuple(together))
+    calls = tuple(dict.fromkeys((*needs.calls, *(name for inner in found for name in inner.calls))))
+    return Needs(Scope.KEYED, tuple(keys), True, tuple(tables), why, needs.per_key_rows, tuple(together), calls)
 
 
 @dataclass(frozen=True, slots=True)
 class _Inner:
-    """What subqueries need: their keys for each set of parameters, and their tables."""
+    """What subqueries need: their keys for each set of parameters, their tables, and `Needs.calls`."""
 
     keys: tuple[tuple[bytes, ...], ...]
     tables: tuple[Table, ...]
+    calls: tuple[str, ...]
 
 
 def _common_values(statement: Insert) -> list[Any]:
@@ -149,7 +151,7 @@ def _inner_keys(values: Iterable[Any], sets: Sequence[Given], describe: Describe
     if not plan.tables:
         return None
     keys = tuple(keys_of(plan.keys, Supplied((), {**own, **given})) for given in sets or ({},))
-    return _Inner(keys, plan.tables)
+    return _Inner(keys, plan.tables, plan.calls)
 
 
 def _row_values(row: Any) -> Sequence[Any]:
@@ -180,4 +182,4 @@ def _from_select(statement: Insert, target: Target, given: Given, describe: Desc
     supplied = Supplied((), {**own, **given})
     plans: tuple[KeyPlan, ...] = (plan.extra, *plan.keys)
     tables = tuple(dict.fromkeys((target.table, *plan.tables)))
-    return Needs(Scope.KEYED, keys_of(plans, supplied), True, tables, "INSERT from SELECT")
+    return Needs(Scope.KEYED, keys_of(plans, supplied), True, tables, "INSERT from SELECT", calls=plan.calls)

@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy.dialects.postgresql import aggregate_order_by
 from sqlalchemy.dialects.postgresql.ext import DistinctOnClause
+from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import (
     AbstractTextClause,
     ClauseElement,
@@ -17,9 +18,11 @@ from sqlalchemy.sql.elements import (
     ColumnElement,
     ElementList,
     FunctionFilter,
+    Grouping,
     Label,
     Over,
     TextClause,
+    UnaryExpression,
     WithinGroup,
 )
 from sqlalchemy.sql.functions import FunctionElement
@@ -27,14 +30,22 @@ from sqlalchemy.sql.selectable import CompoundSelect, FromClause, Select, Select
 
 from shardlib.errors import UnsupportedOperation
 from shardlib.route.env import Classes, Instance, Node
-from shardlib.route.functions import AGGREGATES, SCALARS
+from shardlib.route.functions import AGGREGATES, known
 
-__all__ = ["aggregates", "cuts_rows", "expressions_of", "inside", "merge_of", "row_order", "walk"]
+__all__ = ["aggregates", "check_on", "cuts_rows", "expressions_of", "inside", "merge_of", "row_order", "walk"]
 
 _EXTENSION_POINTS = ("_post_select_clause", "_pre_columns_clause", "_post_criteria_clause", "_post_body_clause")
 _FRAGMENT = re.compile(
     r"\b(select|from|table|values|with|or|union|except|intersect|insert|update|delete)\b|;|--|/\*", re.IGNORECASE
 )
+
+_CUTS = re.compile(
+    r"\b(distinct|limit|offset|fetch|order|group|having|over|window|within|filter|rollup|cube|grouping)\b",
+    re.IGNORECASE,
+)
+"""Words of a text fragment that may turn the rows of a SELECT into others, or cut them."""
+
+_PERHAPS = "a function that may be an aggregate"
 
 
 def _check_text(text: str) -> None:
@@ -68,8 +79,13 @@ def expressions_of(select: Select[Any]) -> Iterator[ClauseElement]:
         yield extension
     for fragment, _ in (*select._prefixes, *select._suffixes):
         yield fragment
-    for hint in (*select._hints.values(), *(text for _, text in select._statement_hints)):
+    for hint in _hints(select):
         _check_text(hint)
+
+
+def _hints(select: Select[Any]) -> Iterator[str]:
+    yield from select._hints.values()
+    yield from (text for _, text in select._statement_hints)
 
 
 def _is_expression(column: Any) -> bool:
@@ -88,6 +104,22 @@ def _extensions(select: Select[Any]) -> Iterator[ClauseElement]:
 
 def _distinct_on(select: Select[Any]) -> bool:
     return bool(select._distinct_on) or any(isinstance(c, DistinctOnClause) for c in _extensions(select))
+
+
+def check_on(clause: ClauseElement) -> None:
+    """See that text in an ON clause, which may stand at the end of a statement, adds no clause of its own.
+
+    Raises:
+        UnsupportedOperation: it may.
+    """
+    for element in walk((clause,)):
+        if isinstance(element, TextClause) and (found := _CUTS.search(element.text)) is not None:
+            raise UnsupportedOperation(
+                f"the text fragment {element.text[:60]!r} of an ON clause holds {found[0]!r}, which may belong to the "
+                "statement around it",
+                "write it with SQLAlchemy's expressions, or run it in a session pinned to a shard key: "
+                "engine.session(key)",
+            )
 
 
 def inside(expressions: Iterable[ClauseElement]) -> Iterator[SelectBase]:
@@ -129,12 +161,41 @@ def _functions(select: Select[Any]) -> Iterator[str]:
             name = str(getattr(element, "name", type(element).__name__)).lower()
             if name in AGGREGATES:
                 yield f"the aggregate {name}()"
-            elif name not in SCALARS:
-                yield f"the function {name}() (it may be an aggregate)"
+            elif not known(element):
+                yield _PERHAPS
         elif isinstance(element, TextClause) and "(" in element.text:
             yield "a text fragment with a call (it may be an aggregate)"
         elif isinstance(element, ColumnClause) and element.is_literal and "(" in element.name:
             yield "a literal column with a call (it may be an aggregate)"
+
+
+def _not_seen_through(select: Select[Any]) -> str | None:
+    """Return what of a SELECT may turn its rows into others, or cut them, where SQLAlchemy does not say so."""
+    for column in select._raw_columns:
+        shown: Any = column
+        while isinstance(shown, Label | Grouping):
+            shown = shown.element
+        if isinstance(shown, UnaryExpression) and shown.operator is operators.distinct_op:
+            return "DISTINCT"
+    texts = list(_hints(select))
+    for element in walk(expressions_of(select)):
+        if isinstance(element, TextClause):
+            texts.append(element.text)
+        elif isinstance(element, ColumnClause) and element.is_literal:
+            texts.append(element.name)
+        elif _renders_itself(type(element)):
+            return f"the element {type(element).__name__} of the application (it may be an aggregate)"
+    found = next((word for text in texts if (word := _CUTS.search(text)) is not None), None)
+    return None if found is None else f"a text fragment with {found[0].upper()}"
+
+
+def _renders_itself(kind: type[ClauseElement]) -> bool:
+    """Whether a class of elements is the application's own, and compiled by a function of its own (`@compiles`)."""
+    return any(
+        ("_compiler_dispatcher" in vars(base) or "__visit_name__" in vars(base))
+        and not base.__module__.startswith("sqlalchemy.")
+        for base in kind.__mro__
+    )
 
 
 def row_order(select: Select[Any] | CompoundSelect[Any]) -> str | None:
@@ -148,7 +209,7 @@ def row_order(select: Select[Any] | CompoundSelect[Any]) -> str | None:
 
 def cuts_rows(select: Select[Any]) -> bool:
     """Whether a condition on the output of a subquery cannot be put inside of it."""
-    if row_order(select) in {"LIMIT", "OFFSET"} or _distinct_on(select):
+    if row_order(select) in {"LIMIT", "OFFSET"} or _distinct_on(select) or _not_seen_through(select):
         return True
     if "a window function" in _functions(select):
         return True
@@ -158,7 +219,7 @@ def cuts_rows(select: Select[Any]) -> bool:
 def aggregates(select: Select[Any]) -> bool:
     """Whether a SELECT may make one row of all, even of none, when it has no GROUP BY."""
     reasons = set(_functions(select)) - {"a window function"}
-    return bool(reasons) or bool(select._having_criteria)
+    return bool(reasons) or bool(select._having_criteria) or _not_seen_through(select) is not None
 
 
 def merge_of(  # noqa: PLR0911 - one return a reason
@@ -193,6 +254,8 @@ def merge_of(  # noqa: PLR0911 - one return a reason
 
     if _distinct_on(select):
         return "DISTINCT ON"
+    if (unseen := _not_seen_through(select)) is not None:
+        return unseen
     if select._distinct and not holds_key(select.selected_columns):
         return "DISTINCT"
     if select._group_by_clauses:
@@ -201,4 +264,4 @@ def merge_of(  # noqa: PLR0911 - one return a reason
         return "a window function" if "a window function" in _functions(select) else None
     if select._having_criteria:
         return "HAVING"
-    return next(_functions(select), None)
+    return next((why for why in _functions(select) if why != _PERHAPS), None)  # `Needs.calls` tells of the others

@@ -64,6 +64,7 @@ class Needs:
             them is for itself: `merge` then says nothing of the rows of several sets.
         together: beside `per_key_rows`, the keys that one row or set needs in one place, as what it writes follows
             from rows of all of them.
+        calls: functions that are not PostgreSQL's own: each may be an aggregate, or read any rows of its shard.
     """
 
     scope: Scope
@@ -73,3 +74,4 @@ class Needs:
     merge: str | None = None
     per_key_rows: Mapping[bytes, tuple[int, ...]] | None = None
     together: tuple[tuple[bytes, ...], ...] = ()
+    calls: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from sqlalchemy.sql.selectable import SelectBase
 from sqlalchemy.util import LRUCache
 
 from shardlib.errors import UnsupportedOperation
-from shardlib.route.functions import calls_the_unknown
+from shardlib.route.functions import calls_of
 from shardlib.route.needs import Describe
 from shardlib.route.place import Extra, KeyPlan, place
 from shardlib.route.shape import Shape
@@ -45,6 +45,7 @@ class Plan:
         writes: data-modifying CTEs inside; a plan with some is not kept.
         names: keys of the parameters, as far as the analysed statement has them.
         extra: keys of the rows that an INSERT makes of a SELECT, if bound.
+        calls: see `Needs.calls`.
     """
 
     raw: bool
@@ -54,6 +55,7 @@ class Plan:
     writes: tuple[UpdateBase, ...] = ()
     extra: KeyPlan | None = None
     names: frozenset[str] = frozenset()
+    calls: tuple[str, ...] = ()
 
 
 def plan_of(
@@ -89,11 +91,13 @@ def plan_of(
                 "read it apart, in a session pinned to a shard key: engine.session(key)",
             )
         plan = Plan(raw=True, keys=())
-    elif not tables and not writes and calls_the_unknown(select):
-        plan = Plan(raw=True, keys=())  # a function of the user's may read sharded tables
     else:
-        placed = place(top, shape.predicates, extra)
-        plan = Plan(False, placed.plans, tables, placed.merge, writes, placed.extra, traced.keys)
+        calls = calls_of((select, *traced.selects()))
+        if calls and not tables and not writes:
+            plan = Plan(raw=True, keys=())  # a function of the user's may read sharded tables
+        else:
+            placed = place(top, shape.predicates, extra)
+            plan = Plan(False, placed.plans, tables, placed.merge, writes, placed.extra, traced.keys, calls)
     if kept is not None and not writes:
         _PLANS[kept] = plan
     return plan, traced.collected if cache_key is None else cache_key.params or {}

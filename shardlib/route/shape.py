@@ -42,7 +42,7 @@ from sqlalchemy.sql.type_api import TypeEngine
 from shardlib.errors import UnsupportedOperation
 from shardlib.route.blocks import Block, Names
 from shardlib.route.env import Env, Instance, Node
-from shardlib.route.merging import aggregates, cuts_rows, expressions_of, inside, row_order
+from shardlib.route.merging import aggregates, check_on, cuts_rows, expressions_of, inside, row_order
 from shardlib.route.needs import Describe
 from shardlib.route.predicates import Predicates, comparable
 from shardlib.route.trace import Trace
@@ -185,6 +185,7 @@ class Shape:
         self._from(join.left, left)
         self._from(join.right, right)
         if join.onclause is not None:
+            check_on(join.onclause)
             self._read((join.onclause,), on)
             self._expressions((join.onclause,), on)
 

@@ -10,6 +10,7 @@ text is thrown away. It is done once for each structure of statement; see `extra
 # ruff: noqa: SLF001
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,11 @@ class Trace:
                 "write it twice, or correlate it explicitly with .correlate()",
             )
         return found[0]
+
+    def selects(self) -> Iterator[ClauseElement]:
+        """Every SELECT as rendered: with what relationships, loader options and inheritance add."""
+        for found in self._noted.values():
+            yield from (rendered.select for rendered in found)
 
     def index_of(self, parameter: BindParameter[Any]) -> int | None:
         """Position of a parameter among the cache key's, or None when its value belongs to the structure."""

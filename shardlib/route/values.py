@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy.sql.elements import BindParameter
 
-from shardlib.errors import ShardKeyRequired
+from shardlib.errors import ShardKeyRequired, UnsupportedOperation
 
 if TYPE_CHECKING:
     from shardlib.route.env import Node
@@ -122,8 +122,18 @@ class Listed:
     width: int
 
     def rows(self, supplied: Supplied) -> Iterator[tuple[Any, ...]]:
-        """Yield each row. A tuple IN over one column takes bare values as well as 1-tuples, as SQLAlchemy does."""
-        for row in self.value.of(supplied) or ():
+        """Yield each row. A tuple IN over one column takes bare values as well as 1-tuples, as SQLAlchemy does.
+
+        Raises:
+            UnsupportedOperation: the value is an iterator.
+        """
+        listed = self.value.of(supplied) or ()
+        if isinstance(listed, Iterator):
+            raise UnsupportedOperation(
+                f"a {type(listed).__name__} as the values of IN is read once, and routing would leave nothing of it",
+                "give a list",
+            )
+        for row in listed:
             yield tuple(row) if self.width > 1 else (row,)
 
 

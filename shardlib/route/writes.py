@@ -75,10 +75,10 @@ def _changed(statement: Update | Delete, target: Target, parameters: Parameters,
         if plan.merge is not None and len(keys) > 1:
             together[keys] = None
     if plan.keys is None:
-        return Needs(Scope.SCAN, (), True, tables, plan.merge)
+        return Needs(Scope.SCAN, (), True, tables, plan.merge, calls=plan.calls)
     if len(sets) == 1:
-        return Needs(Scope.KEYED, tuple(rows), True, tables, plan.merge)
-    return Needs(Scope.KEYED, tuple(rows), True, tables, plan.merge, grouped(rows), tuple(together))
+        return Needs(Scope.KEYED, tuple(rows), True, tables, plan.merge, calls=plan.calls)
+    return Needs(Scope.KEYED, tuple(rows), True, tables, plan.merge, grouped(rows), tuple(together), plan.calls)
 
 
 def _as_select(statement: Update | Delete) -> SelectBase:

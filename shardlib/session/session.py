@@ -276,7 +276,8 @@ class ShardedSession(Session):
     def _check_core(self, conn: Connection, statement: Any, sets: Any, one: Any, options: Any) -> None:
         """Before the application executes on a connection of this session: does the statement belong there?"""
         if not self._flushing and not self._executing:
-            check_core(self, conn, statement, sets or one or None, bool(options.get("all_shards")))
+            rows_only = options.get("row_functions", ())
+            check_core(self, conn, statement, sets or one or None, bool(options.get("all_shards")), rows_only)
 
     @property
     def _instance_keys(self) -> InstanceKeys:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Executable, Result, TextClause
@@ -46,6 +46,8 @@ def route_statement(session: ShardedSession, state: ORMExecuteState) -> Result[A
         legs = _pinned(session, needs, bool(options.get("all_shards")))
     else:
         needs = needs_of(state.statement, state.parameters, session._core.described)  # noqa: SLF001
+        if needs.calls:
+            _check_calls(needs, options.get("row_functions", ()))
         legs = _unpinned(session, needs, bool(options.get("all_shards")), _order_is_per_parent(state))
     if needs.per_key_rows:  # with none at all, any shard finds nothing to do
         return _rows_by_shard(session, state, needs.per_key_rows)
@@ -146,6 +148,17 @@ def _check_together(session: ShardedSession, needs: Needs) -> None:
             )
 
 
+def _check_calls(needs: Needs, row_functions: Collection[str]) -> None:
+    """Refuse a function of the application that may look at more than the row it is called for."""
+    for name in needs.calls:
+        if name not in row_functions:
+            raise UnsupportedCrossShardQuery(
+                f"the function {name}() may be an aggregate, or read rows of which other shards have a part",
+                f"if it looks at its arguments only, say so: execution_options(row_functions=({name!r},)); else call "
+                "it in a session pinned by engine.session(key), where it sees one shard",
+            )
+
+
 def pinned_needs(statement: Any, parameters: Any, describe: Describe) -> Needs:
     """What a statement needs on one shard that is chosen already: a SELECT that cannot be routed reads all of it.
 
@@ -160,7 +173,10 @@ def pinned_needs(statement: Any, parameters: Any, describe: Describe) -> Needs:
         return Needs(Scope.SCAN)
 
 
-def check_core(session: ShardedSession, conn: Connection, statement: Any, parameters: Any, all_shards: bool) -> None:
+def check_core(
+    session: ShardedSession, conn: Connection, statement: Any, parameters: Any, all_shards: bool,
+    row_functions: Collection[str] = (),
+) -> None:  # fmt: skip
     """Refuse a statement of Core, executed on a session's own connection, that belongs on another shard.
 
     Raises:
@@ -176,6 +192,8 @@ def check_core(session: ShardedSession, conn: Connection, statement: Any, parame
         needs = needs_of(statement, parameters, described)
         if needs.scope not in (Scope.KEYED, Scope.SCAN):
             return
+        if needs.calls:
+            _check_calls(needs, row_functions)
         legs = _unpinned(session, needs, all_shards, order_is_per_parent=False)
     if any(leg.connection is not conn for leg in legs):
         raise UnsupportedOperation(
