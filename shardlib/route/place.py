@@ -15,7 +15,7 @@ from shardlib.route.blocks import Block
 from shardlib.route.env import Env, Instance, Node
 from shardlib.route.merging import merge_of
 from shardlib.route.needs import TableKey
-from shardlib.route.predicates import Predicates, comparable
+from shardlib.route.predicates import Predicates, comparable, same_transform
 from shardlib.route.values import AllOf, Atom, One, Pruned, Supplied, assignments, coverage, pruned
 
 __all__ = ["Extra", "KeyPlan", "Placed", "inserted_from", "place"]
@@ -141,7 +141,7 @@ def inserted_from(table: Table, key: TableKey, places: tuple[int, ...]) -> Extra
             value = predicates.value(shown)
             if inner is not None and comparable(own.type, shown.type):
                 made.env.equal.append((node, inner))
-            elif value is not None:
+            elif value is not None and same_transform(own.type, shown.type):
                 made.env.formulas.append(Atom((node,), One(((value,),))))
         return made
 

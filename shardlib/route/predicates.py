@@ -47,10 +47,13 @@ from shardlib.route.values import (
     Value,
 )
 
-__all__ = ["Predicates", "bare", "comparable"]
+__all__ = ["Predicates", "bare", "comparable", "same_transform"]
 
 _TRANSFORMS = (TypeDecorator, sqltypes.Enum)
 """Types that store something else than the value given."""
+
+_PADDED = (sqltypes.CHAR, sqltypes.NCHAR)
+"""Types whose comparison takes no notice of blanks at the end: equal values may have different texts."""
 
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
@@ -73,6 +76,8 @@ def comparable(one: TypeEngine[Any], other: TypeEngine[Any]) -> bool:
         mark = one._static_cache_key
         return one is other or (isinstance(mark, tuple) and mark == other._static_cache_key)
     if one._type_affinity is not other._type_affinity:
+        return False
+    if isinstance(one, _PADDED) or isinstance(other, _PADDED):
         return False
     if isinstance(one, sqltypes.Numeric) and isinstance(other, sqltypes.Numeric):
         return (one.precision, one.scale) == (other.precision, other.scale)
@@ -196,7 +201,7 @@ class Predicates:
         items: Sequence[ClauseElement] = right.clauses if isinstance(right, Tuple) else (right,)
         if len(columns) != len(items):
             return not any(isinstance(_type_of(column), _TRANSFORMS) for column in columns)
-        return all(_same_transform(_type_of(c), _type_of(bare(i))) for c, i in zip(columns, items, strict=True))
+        return all(same_transform(_type_of(c), _type_of(bare(i))) for c, i in zip(columns, items, strict=True))
 
     def value(self, element: ClauseElement) -> Value | None:
         """Return where an expression's value comes from, or None when only the database knows it."""
@@ -222,7 +227,8 @@ def _type_of(element: ClauseElement) -> TypeEngine[Any]:
     return kind
 
 
-def _same_transform(column: TypeEngine[Any], value: TypeEngine[Any]) -> bool:
+def same_transform(column: TypeEngine[Any], value: TypeEngine[Any]) -> bool:
+    """Whether a value of one type reaches the database as it would in a column of the other."""
     if isinstance(column, _TRANSFORMS) or isinstance(value, _TRANSFORMS):
         return comparable(column, value)
     return True  # the key's encoder takes values of the column's own type only
@@ -251,7 +257,7 @@ def _is_null(element: ClauseElement, env: Env, node_of: NodeOf) -> Formula | Non
 
 def _conversion(target: TypeEngine[Any]) -> Callable[[Any], Any] | None:
     """The conversion of CAST(value AS target), for the few that Python does exactly as PostgreSQL."""
-    if isinstance(target, sqltypes.Enum | TypeDecorator):
+    if isinstance(target, (sqltypes.Enum, TypeDecorator, *_PADDED)):
         return None
     if isinstance(target, sqltypes.String) and target.length is None:
         return _as_text

@@ -8,10 +8,56 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import event, insert, select
+from sqlalchemy import CHAR, String, TypeDecorator, cast, event, insert, literal, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from shardlib import errors
 from tests.support.models import CardPayment, Customer, Payment
+
+KEY = {"shard_key": True}
+
+
+class Prefixed(TypeDecorator[str]):
+    """Stores `p:` before each value."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Any) -> Any:
+        return None if value is None else f"p:{value}"
+
+    def process_result_value(self, value: Any, dialect: Any) -> Any:
+        return None if value is None else value[2:]
+
+
+class Base(DeclarativeBase):
+    """The tables of this file alone."""
+
+
+class Decorated(Base):
+    __tablename__ = "keys_decorated"
+    k: Mapped[str] = mapped_column(Prefixed, primary_key=True, info=KEY)
+    v: Mapped[int] = mapped_column(default=0)
+
+
+class Padded(Base):
+    __tablename__ = "keys_padded"
+    k: Mapped[str] = mapped_column(primary_key=True, info=KEY)
+    padded: Mapped[str] = mapped_column(CHAR(12))
+
+
+def on_all_servers(facade: Any, command: str) -> None:
+    for shard in facade.core.topology.shards:
+        with psycopg.connect(shard.primary.conninfo()) as conn:
+            conn.execute(command)
+
+
+@pytest.fixture
+def own(facade: Any) -> Any:
+    """The facade, with this file's tables, empty."""
+    facade.core.create_all(Base.metadata)
+    on_all_servers(facade, f"TRUNCATE {', '.join(Base.metadata.tables)}")
+    return facade
 
 
 def rows_on_servers(facade: Any, table: str) -> list[str]:
@@ -99,3 +145,31 @@ def test_a_listener_may_change_what_is_no_key(facade: Any, keys: list[str]) -> N
 
     with listening(Customer, "before_insert", change), listening(Customer, "before_update", change):
         facade.session(body)
+
+
+def test_a_selected_literal_is_a_key_in_the_type_of_the_column_only(own: Any) -> None:
+    def body(s: Any) -> None:
+        with pytest.raises(errors.ShardKeyRequired):
+            s.execute(insert(Decorated).from_select(["k", "v"], select(literal("a"), literal(1))))
+        for key in "abcdef":
+            s.execute(insert(Decorated).from_select(["k", "v"], select(literal(key, Prefixed), literal(1))))
+        s.commit()
+        for key in "abcdef":
+            assert s.scalars(select(Decorated.k).where(Decorated.k == key)).all() == [key]
+
+    own.session(body, twophase=True)
+
+
+def test_a_key_does_not_follow_from_a_padded_column(own: Any) -> None:
+    names = [f"k{n}" for n in range(6)]
+
+    def body(s: Any) -> None:
+        s.add_all([Padded(k=name, padded=name) for name in names])
+        s.commit()
+        for name in names:
+            equal = select(Padded.k).where(Padded.k == Padded.padded)
+            assert s.scalars(equal.where(Padded.padded == f"{name}  ")).all() == [name]
+            for value in (cast(f"{name}  ", CHAR(12)), cast(f"{name}rest", CHAR(2))):
+                assert s.scalars(select(Padded.k).where(Padded.k == value)).all() == [name], "the cast changes it"
+
+    own.session(body, twophase=True)
