@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, cast
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Engine, event, inspect
+from sqlalchemy import Connection, Engine, event, inspect, util
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction
 
 from shardlib.errors import InvalidArgument, ShardKeyMismatch, ShardKeyRequired
@@ -339,6 +339,25 @@ class ShardedSession(Session):
             groups.setdefault(shard_id, []).extend(positions)
         return [(unit.legs[shard_id], sorted(set(positions))) for shard_id, positions in groups.items()]
 
+    @contextmanager
+    def _whole(self, parts: Sized) -> Iterator[None]:
+        """Around a write that runs shard by shard: one that fails after a part of it undoes the transaction.
+
+        As a failed flush does: nothing runs before the session (or its savepoint) is rolled back, so that no commit
+        keeps a part.
+
+        Args:
+            parts: grows with every shard that is done.
+        """
+        try:
+            yield
+        except BaseException:
+            transaction = self._transaction
+            if len(parts) and transaction is not None and transaction.is_active:
+                with util.safe_reraise():
+                    transaction._begin().rollback(_capture_exception=True)  # noqa: SLF001 - as Session.flush does
+            raise
+
     def _rows_by_leg(self, keys: Iterable[bytes]) -> list[tuple[Leg, list[int]]]:
         rows: dict[bytes, list[int]] = {}
         for position, key in enumerate(keys):
@@ -352,11 +371,14 @@ class ShardedSession(Session):
         """As SQLAlchemy's, grouped by shard."""
         rows = list(objects)
         keys = [self._instance_keys.writable_key_of(row) for row in rows]
-        for leg, positions in self._rows_by_leg(keys):
-            with self._in_bulk(leg, flushing=True):
-                super().bulk_save_objects(
-                    [rows[i] for i in positions], return_defaults, update_changed_only, preserve_order
-                )
+        done: list[Leg] = []
+        with self._whole(done):
+            for leg, positions in self._rows_by_leg(keys):
+                with self._in_bulk(leg, flushing=True):
+                    super().bulk_save_objects(
+                        [rows[i] for i in positions], return_defaults, update_changed_only, preserve_order
+                    )
+                done.append(leg)
 
     def bulk_insert_mappings(
         self, mapper: Any, mappings: Iterable[dict[str, Any]], return_defaults: bool = False,
@@ -365,17 +387,23 @@ class ShardedSession(Session):
         """As SQLAlchemy's, grouped by shard."""
         rows = list(mappings)
         keys = [self._instance_keys.mapping_key(inspect(mapper), row) for row in rows]
-        for leg, positions in self._rows_by_leg(keys):
-            with self._in_bulk(leg, flushing=True):
-                super().bulk_insert_mappings(mapper, [rows[i] for i in positions], return_defaults, render_nulls)
+        done: list[Leg] = []
+        with self._whole(done):
+            for leg, positions in self._rows_by_leg(keys):
+                with self._in_bulk(leg, flushing=True):
+                    super().bulk_insert_mappings(mapper, [rows[i] for i in positions], return_defaults, render_nulls)
+                done.append(leg)
 
     def bulk_update_mappings(self, mapper: Any, mappings: Iterable[dict[str, Any]]) -> None:
         """As SQLAlchemy's, grouped by shard."""
         rows = list(mappings)
         keys = [self._instance_keys.mapping_key(inspect(mapper), row) for row in rows]
-        for leg, positions in self._rows_by_leg(keys):
-            with self._in_bulk(leg, flushing=True):
-                super().bulk_update_mappings(mapper, [rows[i] for i in positions])
+        done: list[Leg] = []
+        with self._whole(done):
+            for leg, positions in self._rows_by_leg(keys):
+                with self._in_bulk(leg, flushing=True):
+                    super().bulk_update_mappings(mapper, [rows[i] for i in positions])
+                done.append(leg)
 
 
 class _Begun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Executable, Result, TextClause
@@ -55,20 +56,22 @@ def route_statement(session: ShardedSession, state: ORMExecuteState) -> Result[A
         state.bind_arguments["bind"] = legs[0].connection.engine
         return None
     if needs.writes:
-        return _on_each(state, legs, _synchronized(state, len(legs)))
+        return _on_each(session, state, legs, _synchronized(state, len(legs)))
     for leg in legs:
         session._enlist(leg)  # noqa: SLF001 - sent on all of them at once, so each needs its savepoint before
     with FanOut(session._core.waits, [leg.connection for leg in legs]) as fan_out:  # noqa: SLF001
-        return _on_each(state, legs, [{FAN_OUT: fan_out}] * len(legs))
+        return _on_each(None, state, legs, [{FAN_OUT: fan_out}] * len(legs))
 
 
-def _on_each(state: ORMExecuteState, legs: list[Leg], options: list[dict[str, Any]]) -> Result[Any]:
-    return _merged(
-        [
-            state.invoke_statement(bind_arguments={"bind": leg.connection.engine}, execution_options=own)
-            for leg, own in zip(legs, options, strict=True)
-        ]
-    )
+def _on_each(
+    writes: ShardedSession | None, state: ORMExecuteState, legs: list[Leg], options: list[dict[str, Any]]
+) -> Result[Any]:
+    results: list[Result[Any]] = []
+    with writes._whole(results) if writes is not None else nullcontext():  # noqa: SLF001
+        for leg, own in zip(legs, options, strict=True):
+            bind = {"bind": leg.connection.engine}
+            results.append(state.invoke_statement(bind_arguments=bind, execution_options=own))
+    return _merged(results)
 
 
 def _synchronized(state: ORMExecuteState, legs: int) -> list[dict[str, Any]]:
@@ -224,13 +227,14 @@ def _rows_by_shard(
     groups = session._by_leg({key: list(positions) for key, positions in rows.items()})  # noqa: SLF001
     results: list[Result[Any]] = []
     whole = state.parameters
-    for leg, positions in groups:
-        statement = state.statement
-        if len(groups) > 1:
-            # Parameters given to invoke_statement are laid over these, set by set: so these must be the ones.
-            statement, state.parameters = _only(statement, whole, positions)
-        with session._in_bulk(leg, flushing=False):  # noqa: SLF001
-            results.append(state.invoke_statement(statement, bind_arguments={"bind": leg.connection.engine}))
+    with session._whole(results):  # noqa: SLF001
+        for leg, positions in groups:
+            statement = state.statement
+            if len(groups) > 1:
+                # Parameters given to invoke_statement are laid over these, set by set: so these must be the ones.
+                statement, state.parameters = _only(statement, whole, positions)
+            with session._in_bulk(leg, flushing=False):  # noqa: SLF001
+                results.append(state.invoke_statement(statement, bind_arguments={"bind": leg.connection.engine}))
     state.parameters = whole
     if len(results) == 1:
         return results[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -28,16 +28,30 @@ _INTRANS: Final = pq.TransactionStatus.INTRANS
 class Leg:
     """The part of a transaction that runs on one shard."""
 
-    __slots__ = ("at_begin", "connection", "gates", "shard")
+    __slots__ = ("_gates", "at_begin", "connection", "shard")
 
     def __init__(self, shard: Shard, connection: ShardConnection, gates: tuple[int, ...]) -> None:
         self.shard, self.connection = shard, connection
         self.at_begin = frozenset(gates)
-        self.gates = self.at_begin
+        self._gates = self.at_begin
+
+    @property
+    def gates(self) -> frozenset[int]:
+        """The gates that are certainly held: without those that went with a savepoint, whoever rolled it back."""
+        if len(self._gates) != len(self.at_begin):
+            driver = self.connection.driver
+            if driver.savepoint_undone:
+                self.savepoint_ended()
+        return self._gates
+
+    def took(self, gates: Iterable[int]) -> None:
+        """Gates that were locked just now."""
+        self.connection.driver.savepoint_undone = False
+        self._gates = self._gates.union(gates)
 
     def savepoint_ended(self) -> None:
         """Forget gates taken since the transaction began: PostgreSQL lets go of them with a savepoint."""
-        self.gates = self.at_begin
+        self._gates = self.at_begin
 
 
 class Unit:
@@ -172,7 +186,7 @@ class Unit:
                         lock_gates(leg.connection.driver, missing)
                 except GateClosed as closed:
                     raise _Refused(leg.shard.name, closed) from None
-                leg.gates = leg.gates.union(missing)
+                leg.took(missing)
         if fresh:
             self._open(fresh, adopt, options)
         return [self.legs[shard_id] for shard_id in needed]

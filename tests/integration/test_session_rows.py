@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 from typing import Any
 
 import pytest
-from sqlalchemy import bindparam, delete, exists, func, insert, or_, select, update
+from sqlalchemy import Enum, bindparam, delete, exists, func, insert, or_, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
+from sqlalchemy.exc import PendingRollbackError, StatementError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from shardlib import errors
 from tests.support.models import Customer, Order
@@ -128,3 +131,57 @@ def test_a_mapped_insert_of_one_row(facade: Any, keys: list[str], way: str, pinn
         assert s.get(Customer, (keys[0], 1)).name == "x"
 
     facade.session(body, *([keys[0]] if pinned else []))
+
+
+class Colour(enum.Enum):
+    """What a column of `Painted` takes."""
+
+    RED = "r"
+
+
+class Base(DeclarativeBase):
+    """The tables of this file alone."""
+
+
+class Painted(Base):
+    __tablename__ = "rows_painted"
+    k: Mapped[str] = mapped_column(primary_key=True, info={"shard_key": True})
+    colour: Mapped[Colour] = mapped_column(Enum(Colour, native_enum=False, validate_strings=True))
+
+
+PAINTED: Any = Painted.__table__
+WRITES_OF_ROWS = {
+    "mapped": lambda s, rows: s.execute(insert(Painted), rows),
+    "core": lambda s, rows: s.execute(insert(PAINTED), rows),
+    "bulk mappings": lambda s, rows: s.bulk_insert_mappings(Painted, rows),
+    "bulk objects": lambda s, rows: s.bulk_save_objects([Painted(**row) for row in rows]),
+}
+
+
+@pytest.mark.parametrize("way", WRITES_OF_ROWS)
+@pytest.mark.parametrize("savepoint", [False, True], ids=["transaction", "savepoint"])
+def test_rows_refused_on_the_second_shard_are_not_committed_on_the_first(
+    facade: Any, keys: list[str], way: str, savepoint: bool
+) -> None:
+    facade.core.create_all(Base.metadata)
+    rows = [{"k": keys[0], "colour": Colour.RED}, {"k": keys[1], "colour": "no colour"}]
+
+    def body(s: Any) -> None:
+        s.execute(delete(Painted).where(Painted.k.in_(keys)))
+        s.commit()
+        s.add(Painted(k=keys[2], colour=Colour.RED))
+        s.flush()
+        if savepoint:
+            with pytest.raises(StatementError), s.begin_nested():
+                WRITES_OF_ROWS[way](s, rows)
+        else:
+            with pytest.raises(StatementError):
+                WRITES_OF_ROWS[way](s, rows)
+            with pytest.raises(PendingRollbackError):
+                s.commit()
+            s.rollback()
+        s.commit()
+
+    facade.session(body, twophase=True)
+    found = facade.session(lambda s: s.scalars(select(Painted.k).where(Painted.k.in_(keys))).all())
+    assert found == ([keys[2]] if savepoint else [])
