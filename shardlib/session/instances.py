@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Table
+from sqlalchemy import Column, Table
 from sqlalchemy.orm import Mapper
-from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm.attributes import instance_state, set_committed_value
 
 from shardlib.errors import ShardKeyChanged, ShardKeyRequired, UnsupportedOperation
 from shardlib.key.declare import KeySpec
+from shardlib.session.defaults import default_of, has_default
 
 __all__ = ["InstanceKeys"]
 
@@ -19,10 +20,14 @@ __all__ = ["InstanceKeys"]
 class _Plan:
     """Where a mapper keeps the key of its rows: attribute names, and positions in the primary key."""
 
-    __slots__ = ("attributes", "positions", "spec", "table")
+    __slots__ = ("attributes", "columns", "positions", "spec", "table")
 
-    def __init__(self, table: Table, spec: KeySpec, attributes: tuple[str, ...], positions: tuple[int, ...]) -> None:
-        self.table, self.spec, self.attributes, self.positions = table, spec, attributes, positions
+    def __init__(
+        self, table: Table, spec: KeySpec, columns: tuple[Column[Any], ...], attributes: tuple[str, ...],
+        positions: tuple[int, ...],
+    ) -> None:  # fmt: skip
+        self.table, self.spec, self.columns = table, spec, columns
+        self.attributes, self.positions = attributes, positions
 
 
 class InstanceKeys:
@@ -42,7 +47,7 @@ class InstanceKeys:
         return None if any(value is None for value in values) else plan.spec.encode(values)
 
     def writable_key_of(self, instance: object) -> bytes:
-        """Key bytes of an object that is to be written.
+        """Key bytes of an object that is to be written; a new one gets the defaults of its key now.
 
         Raises:
             ShardKeyRequired: a new object has no key yet.
@@ -57,6 +62,11 @@ class InstanceKeys:
                 f"write it with engine.bulk_load({type(instance).__name__}, rows)",
             )
         values = self._values(plan, state)
+        if None in values and state.key is None:
+            for name, column in zip(plan.attributes, plan.columns, strict=True):
+                if state.dict.get(name) is None and has_default(column):
+                    set_committed_value(instance, name, default_of(column))
+            values = self._values(plan, state)
         if any(value is None for value in values):
             missing = [name for name, value in zip(plan.attributes, values, strict=True) if value is None]
             raise ShardKeyRequired(
@@ -88,6 +98,22 @@ class InstanceKeys:
             return
         if None in now or plan.spec.encode(now) != key:
             raise ShardKeyChanged(plan.table.fullname, key.decode(errors="replace"), _single(now))
+
+    def with_defaults(self, mapper: Mapper[Any], row: dict[str, Any], *, in_place: bool) -> dict[str, Any]:
+        """A row given as a mapping, with the defaults of its key.
+
+        Args:
+            mapper: whose row it is.
+            row: by attribute names.
+            in_place: put them in the application's own mapping.
+        """
+        plan = self._plan(mapper)
+        for name, column in zip(plan.attributes, plan.columns, strict=True) if plan is not None else ():
+            if row.get(name) is None and has_default(column):
+                if not in_place:
+                    row, in_place = dict(row), True
+                row[name] = default_of(column)
+        return row
 
     def mapping_key(self, mapper: Mapper[Any], row: Mapping[str, Any]) -> bytes:
         """Key bytes of a row given as a mapping from attribute names.
@@ -135,7 +161,8 @@ class InstanceKeys:
             primary = list(mapper.primary_key)
             if all(column in primary for column in columns):
                 attributes = tuple(mapper.get_property_by_column(column).key for column in columns)
-                return _Plan(table, spec, attributes, tuple(primary.index(column) for column in columns))
+                positions = tuple(primary.index(column) for column in columns)
+                return _Plan(table, spec, tuple(columns), attributes, positions)
         if any(not spec.reference for spec in specs):
             raise ShardKeyRequired(
                 f"the shard key of {mapper.class_.__name__} is not part of the mapper's primary key",

@@ -385,8 +385,9 @@ class ShardedSession(Session):
         render_nulls: bool = False,
     ) -> None:  # fmt: skip
         """As SQLAlchemy's, grouped by shard."""
-        rows = list(mappings)
-        keys = [self._instance_keys.mapping_key(inspect(mapper), row) for row in rows]
+        of = inspect(mapper)
+        rows = [self._instance_keys.with_defaults(of, row, in_place=return_defaults) for row in mappings]
+        keys = [self._instance_keys.mapping_key(of, row) for row in rows]
         done: list[Leg] = []
         with self._whole(done):
             for leg, positions in self._rows_by_leg(keys):

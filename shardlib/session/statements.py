@@ -17,6 +17,7 @@ from shardlib.route.consistency import Consistency
 from shardlib.route.extract import needs_of
 from shardlib.route.needs import Describe, Needs, Scope
 from shardlib.session.core import Needed
+from shardlib.session.defaults import with_defaults
 from shardlib.session.fanout import FanOut
 from shardlib.session.unit import Leg
 from shardlib.shard.connection import FAN_OUT
@@ -42,6 +43,8 @@ def route_statement(session: ShardedSession, state: ORMExecuteState) -> Result[A
     options = state.execution_options
     if (word := options.get("consistency")) is not None:
         Consistency.of(word)
+    described = session._core.described  # noqa: SLF001
+    state.statement, state.parameters = with_defaults(state.statement, state.parameters, described)
     if session._pin is not None:  # noqa: SLF001
         needs = pinned_needs(state.statement, state.parameters, session._core.described)  # noqa: SLF001
         legs = _pinned(session, needs, bool(options.get("all_shards")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +45,26 @@ class Padded(Base):
     __tablename__ = "keys_padded"
     k: Mapped[str] = mapped_column(primary_key=True, info=KEY)
     padded: Mapped[str] = mapped_column(CHAR(12))
+
+
+class Document(Base):
+    __tablename__ = "keys_document"
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True, info=KEY, default=uuid.uuid4)
+    pages: Mapped[int]
+
+
+class Region(Base):
+    __tablename__ = "keys_region"
+    name: Mapped[str] = mapped_column(primary_key=True, info=KEY, default="home")
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
+class Looking(Base):
+    __tablename__ = "keys_looking"
+    k: Mapped[str] = mapped_column(
+        primary_key=True, info=KEY, default=lambda context: context.get_current_parameters()["v"]
+    )
+    v: Mapped[str]
 
 
 def on_all_servers(facade: Any, command: str) -> None:
@@ -173,3 +194,56 @@ def test_a_key_does_not_follow_from_a_padded_column(own: Any) -> None:
                 assert s.scalars(select(Padded.k).where(Padded.k == value)).all() == [name], "the cast changes it"
 
     own.session(body, twophase=True)
+
+
+DOCUMENTS: Any = Document.__table__
+WAYS: dict[str, Any] = {
+    "object": lambda s: s.add_all([Document(pages=1), Document(pages=1)]),
+    "mapped": lambda s: s.execute(insert(Document), [{"pages": 1}, {"pages": 1}]),
+    "mapped, one": lambda s: [s.execute(insert(Document), {"pages": 1}) for _ in range(2)],
+    "core": lambda s: s.execute(insert(DOCUMENTS), [{"pages": 1}, {"pages": 1}]),
+    "values": lambda s: [s.execute(insert(Document).values(pages=1)) for _ in range(2)],
+    "listed values": lambda s: s.execute(insert(Document).values([{"pages": 1}, {"pages": 1}])),
+    "listed values of core": lambda s: s.execute(insert(DOCUMENTS).values([{"pages": 1}, {"pages": 1}])),
+    "bulk mappings": lambda s: s.bulk_insert_mappings(Document, [{"pages": 1}, {"pages": 1}]),
+    "bulk objects": lambda s: s.bulk_save_objects([Document(pages=1), Document(pages=1)]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_default_of_python_gives_the_key(own: Any, way: str) -> None:
+    def body(s: Any) -> None:
+        WAYS[way](s)
+        s.commit()
+        found = s.scalars(select(Document.id)).all()
+        assert len(set(found)) == 2
+        for key in found:
+            assert s.get_one(Document, key).pages == 1, "it lies where its key leads"
+
+    own.session(body, twophase=True)
+
+
+def test_a_default_gives_way_to_a_value(own: Any) -> None:
+    given = uuid.uuid4()
+
+    def body(s: Any) -> None:
+        s.execute(insert(Document), [{"id": given, "pages": 7}])
+        s.add(Region(number=1))
+        s.execute(insert(Region), [{"number": 2}, {"number": 3, "name": "home"}])
+        s.commit()
+        assert s.get_one(Document, given).pages == 7
+        assert s.scalars(select(Region.number).where(Region.name == "home")).all() == [1, 2, 3]
+
+    own.session(body, twophase=True)
+
+
+@pytest.mark.parametrize("way", ["object", "insert"])
+def test_a_default_that_looks_at_its_row_is_refused(own: Any, way: str) -> None:
+    def body(s: Any) -> None:
+        if way == "object":
+            s.add(Looking(v="x"))
+        write = s.flush if way == "object" else lambda: s.execute(insert(Looking), [{"v": "x"}])
+        with pytest.raises(errors.ShardKeyRequired, match="looks at the rest of its row"):
+            write()
+
+    own.session(body)
