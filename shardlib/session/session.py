@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, cast
-from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, event, inspect, util
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction
@@ -67,7 +66,6 @@ class ShardedSession(Session):
     _unit: Unit | None = None
     _bulk: tuple[Leg, bool] | None = None
     _options: Mapping[str, Any] | None = None
-    _handed_out: WeakSet[Connection] | None = None
     _ahead: Ahead | None = None
     _executing = 0
     _sent: list[tuple[object, bytes]] | None = None
@@ -127,7 +125,7 @@ class ShardedSession(Session):
             self._ahead.close()  # before another connection is asked for: there may be only one
         legs = unit.hold(wants, self._adopt, self._begin_options)
         if write:
-            unit.will_write(legs, twophase=self.two_phase is not None)
+            unit.will_write(legs, twophase=self.two_phase is not None, within=self._nested_transaction)
         return legs
 
     def _hold_key(self, key: bytes, *, write: bool = False) -> Leg:
@@ -136,7 +134,7 @@ class ShardedSession(Session):
             self._core.metrics.routed()
         leg = unit.hold_key(key, self._adopt, self._begin_options, self._ahead)
         if write:
-            unit.will_write((leg,), twophase=self.two_phase is not None)
+            unit.will_write((leg,), twophase=self.two_phase is not None, within=self._nested_transaction)
         return leg
 
     @property
@@ -167,7 +165,7 @@ class ShardedSession(Session):
         """Reference tables are the same everywhere: a shard this transaction is on already, or any."""
         unit = self._unit  # of the `_hold` that asks
         for shard_id, leg in unit.legs.items() if unit is not None else ():
-            return {shard_id: (min(leg.gates),)}
+            return {shard_id: (min(leg.at_begin),)}
         owners = topology.owners()
         shard = owners[next(_turn) % len(owners)]
         return {shard.id: (topology.default_gate(shard.id),)}
@@ -263,13 +261,11 @@ class ShardedSession(Session):
         if execution_options:
             self._options = dict(execution_options)
         try:
-            conn = super().connection(bind_arguments=bind_arguments)
+            conn = cast("ShardConnection", super().connection(bind_arguments=bind_arguments))
         finally:
             self._options = None
-        if self._handed_out is None:
-            self._handed_out = WeakSet()
-        if conn not in self._handed_out:
-            self._handed_out.add(conn)
+        if not conn.handed_out:
+            conn.handed_out = True
             event.listen(conn, "before_execute", self._check_core)
         return conn
 
@@ -434,8 +430,10 @@ def _route(state: ORMExecuteState, then: Callable[[ORMExecuteState], Any] | None
 def _ended(session: Session, transaction: SessionTransaction) -> None:
     sharded: Any = session
     if transaction.nested:
-        for leg in sharded._now.legs.values():  # noqa: SLF001 - our own class
+        unit = sharded._now  # noqa: SLF001 - our own class
+        for leg in unit.legs.values():
             leg.savepoint_ended()
+        unit.savepoint_undone(transaction)  # of one that was kept, nothing is left to undo
     elif sharded.two_phase is not None and transaction.parent is None:
         sharded.two_phase.resolve()  # closing a session, as its `with` block does after an error, tells no rollback
 
@@ -450,7 +448,10 @@ def _flushed(session: Session, context: Any) -> None:
 @event.listens_for(ShardedSession, "after_commit", propagate=True)
 def _finish(session: Session) -> None:
     sharded: Any = session
-    if session.in_nested_transaction():
+    savepoint = session.get_nested_transaction()
+    if savepoint is not None:
+        if sharded._unit is not None:  # noqa: SLF001 - our own class
+            sharded._unit.savepoint_kept(savepoint)  # noqa: SLF001
         return
     sharded.commits += 1
     if sharded.two_phase is not None:

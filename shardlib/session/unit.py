@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Literal
 
-from psycopg import pq
+import psycopg
+from psycopg import IsolationLevel, pq
 from sqlalchemy import Connection, event
 from sqlalchemy.orm import SessionTransaction
 
 from shardlib.errors import CrossShardTransaction, StaleTopology, UnsupportedOperation
-from shardlib.fence.connection import lock_gates
+from shardlib.fence.connection import drive, lock_gates
 from shardlib.fence.verdict import GateClosed
 from shardlib.session.core import Ahead, Core, Needed, as_sqlalchemy
 from shardlib.shard import ShardConnection
@@ -22,6 +24,7 @@ __all__ = ["Leg", "Unit"]
 
 _Refusal = tuple[str, GateClosed]
 """The name of a shard, and the gates that it refused."""
+_log = logging.getLogger("shardlib.session")
 _INTRANS: Final = pq.TransactionStatus.INTRANS
 
 
@@ -53,6 +56,38 @@ class Leg:
         """Forget gates taken since the transaction began: PostgreSQL lets go of them with a savepoint."""
         self._gates = self.at_begin
 
+    @property
+    def locks_to_the_end(self) -> bool:
+        """Whether row locks taken here must outlast the writes on other shards.
+
+        A serializable transaction may fail as it commits, and so is committed before them.
+        """
+        return self.connection.locks and self.connection.driver.isolation_level != IsolationLevel.SERIALIZABLE
+
+    def send(self, command: bytes) -> None:
+        """Send a command whose rows do not matter; errors are SQLAlchemy's."""
+        driver = self.connection.driver
+        with as_sqlalchemy(self.connection):
+            drive(driver, driver.message(command))
+
+    def end_read(self) -> None:
+        """Commit what was only read. A connection lost meanwhile is no unknown outcome: there is nothing to lose."""
+        if self.connection.handed_out:
+            self.connection._commit_impl()  # noqa: SLF001 - keeps SQLAlchemy's errors; its own call finds nothing to do
+        else:
+            self.send(b"COMMIT")
+        self.connection.ended = True
+
+    def let_go(self) -> None:
+        """Commit what was only read, after the writes are committed: nothing that happens here undoes them."""
+        connection, driver = self.connection, self.connection.driver
+        connection.ended = True
+        try:
+            drive(driver, driver.message(b"COMMIT"))
+        except psycopg.Error as error:
+            _log.info("shard %s, read only, was lost after the commit: %s", self.shard.name, type(error).__name__)
+            connection.invalidate(error)
+
 
 class Unit:
     """State of one root transaction of a session. It routes by the topology it began with, to its end."""
@@ -67,7 +102,8 @@ class Unit:
         self._heard: set[ShardConnection] = set()
         self.topology: Topology = core.cache.current
         self.legs: dict[str, Leg] = {}
-        self.writes: set[str] = set()
+        self.writes: dict[str, SessionTransaction | None] = {}
+        """The shards written to, each with the savepoint that its first write is inside of."""
         self.transaction: SessionTransaction | None = None
         self.opening = False
         """Whether a thread or task is opening connections for it at this moment."""
@@ -256,7 +292,8 @@ class Unit:
     def _committing(self, conn: Connection) -> None:
         """Commit the shards that were only read, then prepare; what is left is one COMMIT that decides.
 
-        An error of theirs then means that nothing was kept.
+        An error of theirs then means that nothing was kept. Shards with row locks are let go of after that COMMIT, as
+        one server does it: whoever waits for a lock sees what was written under it.
         """
         del conn
         if self._stage in ("running", "ready"):
@@ -266,14 +303,14 @@ class Unit:
         self._stage = "running"
         try:
             failed = [leg for leg in self.legs.values() if leg.connection.driver.pgconn.transaction_status != _INTRANS]
-            reads = [leg for shard_id, leg in self.legs.items() if shard_id not in self.writes]
-            for leg in (*failed, *reads):
-                leg.connection._commit_impl()  # noqa: SLF001 - keeps SQLAlchemy's errors; its own call finds nothing to do
+            for leg in failed:
+                leg.connection._commit_impl()  # noqa: SLF001 - keeps SQLAlchemy's errors
             if failed:
                 raise UnsupportedOperation(
                     f"the transaction on shard {failed[0].shard.name!r} has ended already",
                     "end it by the session alone: session.commit() or session.rollback()",
                 )
+            locking = self._end_reads()
             if self.prepare is not None:
                 try:
                     self.prepare(self)
@@ -281,13 +318,48 @@ class Unit:
                     if self.core.metrics is not None:
                         self.core.metrics.failed(error)
                     raise
+            if locking:
+                decider = self.legs[max(self.writes)].connection
+                decider._commit_impl()  # noqa: SLF001 - as above
+                decider.ended = True
         except BaseException:
             self._stage = "failed"
             raise
         self._stage = "ready"
+        for leg in locking:
+            leg.let_go()
 
-    def will_write(self, legs: Sequence[Leg], *, twophase: bool) -> None:
-        """Note that the transaction writes on these shards.
+    def _end_reads(self) -> list[Leg]:
+        """Commit the shards that were only read, but for those whose row locks outlast the writes: these are left."""
+        locking: list[Leg] = []
+        for shard_id, leg in self.legs.items():
+            if shard_id in self.writes:
+                continue
+            if self.writes and leg.locks_to_the_end:
+                leg.send(b"SELECT 1")  # its locks are there still
+                locking.append(leg)
+            else:
+                leg.end_read()
+        return locking
+
+    def savepoint_kept(self, savepoint: SessionTransaction) -> None:
+        """A savepoint was released: what was written inside of it belongs to the one around it."""
+        outer = savepoint._previous_nested_transaction  # noqa: SLF001 - no public way
+        for shard_id, within in self.writes.items():
+            if within is savepoint:
+                self.writes[shard_id] = outer
+
+    def savepoint_undone(self, savepoint: SessionTransaction) -> None:
+        """A savepoint was rolled back: shards that were written to inside of it alone are not written to.
+
+        Those whose connection the application has may have been written to outside of it.
+        """
+        for shard_id, within in list(self.writes.items()):
+            if within is savepoint and not self.legs[shard_id].connection.handed_out:
+                del self.writes[shard_id]
+
+    def will_write(self, legs: Sequence[Leg], *, twophase: bool, within: SessionTransaction | None = None) -> None:
+        """Note that the transaction writes on these shards, inside of the savepoint `within` if there is one.
 
         Raises:
             CrossShardTransaction: it would write on several without two-phase commit.
@@ -300,10 +372,11 @@ class Unit:
                 raise UnsupportedOperation(
                     f"shard {leg.shard.name!r} is read-only", "write again once its status is active"
                 )
-        ids = {leg.shard.id for leg in legs}
-        if not twophase and len(self.writes | ids) > 1:
-            raise CrossShardTransaction([self.legs[i].shard.name for i in sorted(self.writes | ids)])
-        self.writes |= ids
+        ids = self.writes.keys() | {leg.shard.id for leg in legs}
+        if not twophase and len(ids) > 1:
+            raise CrossShardTransaction([self.legs[i].shard.name for i in sorted(ids)])
+        for shard_id in ids:
+            self.writes.setdefault(shard_id, within)
 
 
 class _Refused(Exception):  # noqa: N818 - see GateClosed

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from sqlalchemy.engine import Connection, CursorResult, Engine
 
+from shardlib.errors import UnsupportedOperation
 from shardlib.topology import Shard
 
 if TYPE_CHECKING:
@@ -34,6 +35,13 @@ class ShardConnection(Connection):
     pinned: bool = False
     """Whether each of its transactions is routed as it begins (`engine.connect`)."""
 
+    handed_out: bool = False
+    """Whether the application has it (`session.connection()`), and may have written by text that nobody has read."""
+    locks: bool = False
+    """Whether a SELECT asked for row locks (`with_for_update`) in this transaction."""
+    ended: bool = False
+    """Set once its transaction was ended out of turn: what SQLAlchemy commits later finds nothing to do."""
+
     route: str = "pinned"
     """How its shard was chosen, for spans: `pinned`, or by each `statement`."""
     topology_version: int = 0
@@ -58,7 +66,7 @@ class ShardConnection(Connection):
         if fan_out is not None and execution_options and execution_options.get(FAN_OUT) is fan_out:
             return fan_out.answer(self, statement, parameters, execution_options)
         self._begin_first()
-        return super().execute(statement, parameters, execution_options=execution_options)
+        return self.execute_here(statement, parameters, execution_options)
 
     def scalar(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> Any:
         """As `Connection.scalar`."""
@@ -79,6 +87,8 @@ class ShardConnection(Connection):
 
     def execute_here(self, statement: Any, parameters: Any, execution_options: Any) -> CursorResult[Any]:
         """Execute on this connection alone, also while a statement runs on several."""
+        if getattr(statement, "_for_update_arg", None) is not None:
+            self.locks = True
         return super().execute(statement, parameters, execution_options=execution_options)
 
     def execution_options(self, **options: Any) -> Any:
@@ -87,6 +97,21 @@ class ShardConnection(Connection):
         if level is not None and self.in_transaction() and level == self.get_execution_options().get("isolation_level"):
             del options["isolation_level"]
         return super().execution_options(**options)
+
+    def detach(self) -> None:
+        """Refused: see the error.
+
+        Raises:
+            UnsupportedOperation: always.
+        """
+        raise UnsupportedOperation(
+            "a connection of a shard cannot be detached from its pool, which counts it and routes its transactions",
+            "open a connection of your own to shard.primary",
+        )
+
+    def _commit_impl(self) -> None:
+        if not self.ended:
+            super()._commit_impl()
 
     def move_to(self, engine: Engine) -> None:
         """Go on with a connection of another engine (or a fresh one of the same). Nothing may have run on this one.
