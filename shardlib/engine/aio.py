@@ -17,7 +17,7 @@ from sqlalchemy.util import greenlet_spawn
 from shardlib.engine.bulk import BulkProgress, BulkResult, bulk_load
 from shardlib.engine.engine import _NO_KEY, ShardedEngine
 from shardlib.engine.pinned import PinnedEngine
-from shardlib.errors import InvalidArgument, ShardKeyRequired
+from shardlib.errors import InvalidArgument, ShardKeyRequired, StaleTopology
 from shardlib.key import encode_key
 from shardlib.route.consistency import Consistency
 from shardlib.route.retry import next_wait
@@ -133,6 +133,8 @@ class AsyncShardedEngine:
                 wait_s = next_wait(error, attempt, policy, random.uniform(0.5, 1.0))  # noqa: S311
                 if wait_s is None:
                     raise
+                if isinstance(error, StaleTopology):
+                    self.sync_engine._cache.ask()  # noqa: SLF001 - its own inside; its watch may be cut off
                 await asyncio.sleep(wait_s)  # the one wait outside shardlib.waits: it is the caller's own coroutine
 
     async def bulk_load(

@@ -31,6 +31,7 @@ from shardlib.errors import (
     InvalidArgument,
     InvalidTopology,
     ShardKeyRequired,
+    StaleTopology,
     UnsupportedOperation,
 )
 from shardlib.fence.connection import AsyncFencedConnection, FencedConnection, UnknownCommit, drive
@@ -323,6 +324,8 @@ class ShardedEngine:
                 wait_s = next_wait(error, attempt, self.options.retry, random.uniform(0.5, 1.0))  # noqa: S311
                 if wait_s is None:
                     raise
+                if isinstance(error, StaleTopology):
+                    self._cache.ask()  # what watches the catalog may be cut off
                 self._core.waits.sleep(wait_s)
 
     def bulk_load(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 from sqlalchemy import Table
 from sqlalchemy.sql.cache_key import CacheKey
@@ -74,7 +75,7 @@ def plan_of(
         rows: makes the SELECT to analyse; asked for only when no plan is kept.
         extra: see `place`.
     """
-    kept = None if cache_key is None else (describe, cache_key.key)
+    kept = None if cache_key is None else (ref(describe), cache_key.key)  # weakly, for it holds an engine
     if kept is not None and cache_key is not None:
         found = _PLANS.get(kept)
         if found is not None:

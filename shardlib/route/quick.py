@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Column, Table
 from sqlalchemy.orm import Mapper, RelationshipProperty
@@ -51,7 +51,8 @@ class _Single:
         self.positions = {hash(by_name[name]): index for index, name in enumerate(key.key_names)}
 
 
-_SINGLES: WeakKeyDictionary[Table | Mapper[Any], tuple[Describe, _Single | None]] = WeakKeyDictionary()
+_SINGLES: WeakKeyDictionary[Table | Mapper[Any], tuple[ref[Describe], _Single | None]] = WeakKeyDictionary()
+"""With what described them, held weakly: it holds an engine."""
 
 
 def quick_needs(statement: Any, given: Mapping[str, Any], describe: Describe) -> Needs | None:
@@ -148,13 +149,13 @@ def _single(column: Any, describe: Describe) -> _Single | None:
         return None  # an alias
     read = column if mapper is None else mapper
     found = _SINGLES.get(read)
-    if found is None or found[0] != describe:
+    if found is None or found[0]() is not describe:
         single = None
         table: Any = column if mapper is None else mapper.local_table if _is_plain(mapper) else None
         if isinstance(table, Table) and not table._annotations:
             key = describe(table)
             single = None if key.reference else _Single(table, key)
-        found = _SINGLES[read] = (describe, single)
+        found = _SINGLES[read] = (ref(describe), single)
     return found[1]
 
 

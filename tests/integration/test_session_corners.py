@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
+from weakref import ref
 
 import psycopg
 import pytest
@@ -10,7 +12,8 @@ from sqlalchemy import bindparam, delete, event, func, insert, literal_column, s
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import with_loader_criteria
 
-from shardlib import errors
+from shardlib import ShardedEngine, errors
+from tests.integration.test_fence import Operator
 from tests.support.models import Currency, Customer, Order, Tag
 
 
@@ -226,6 +229,38 @@ def test_run_does_not_repeat_what_is_committed(facade: Any, keys: list[str]) -> 
         facade.run(body)
     assert len(calls) == 1
     assert len(facade.session(lambda s: s.scalars(select(Customer)).all())) == 1
+
+
+def test_run_asks_the_catalog_when_its_watch_is_cut_off(facade: Any, keys: list[str], shop: Any) -> None:
+    operator, shard = Operator(shop), facade.core.shard_for(keys[1]).id
+    facade.core._cache._watch.close()
+    attempts: list[int] = []
+
+    def body(s: Any) -> None:
+        attempts.append(1)
+        assert s.get(Customer, (keys[0], 1)) is None
+        if len(attempts) == 1:
+            old, _ = operator.renew(shard)
+            assert operator.close(shard, old)
+        s.add(customer(keys[1]))
+
+    try:
+        facade.run(body)
+    finally:
+        operator.end()
+    assert_rows_at_home(facade, keys[1:2])
+
+
+def test_a_disposed_engine_is_forgotten(shop: Any) -> None:
+    engine = ShardedEngine(shop.url)
+    with engine.session() as session:
+        assert session.scalars(select(Customer).where(Customer.tenant_id == "a")).all() == []  # the short way
+        assert session.scalars(select(Customer.name).where(Customer.tenant_id.in_(["a"]))).all() == []  # a kept plan
+    engine.dispose()
+    itself, pools = ref(engine), ref(engine._core.pools)
+    del engine, session
+    gc.collect()
+    assert (itself(), pools()) == (None, None)
 
 
 # --- statements and transactions in unusual order ---------------------------------------------------------------------
