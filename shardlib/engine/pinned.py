@@ -12,10 +12,10 @@ from shardlib.errors import ShardKeyMismatch, ShardUnavailable, StaleTopology
 from shardlib.fence.connection import lock_gates, start
 from shardlib.fence.verdict import GateClosed, lost_connection
 from shardlib.route.needs import Scope
-from shardlib.session.core import DEAD_MAX, Core, as_sqlalchemy
+from shardlib.session.core import DEAD_MAX, Core, as_sqlalchemy, begun_by_status, check_active, is_read_only
 from shardlib.session.statements import keyless_write, pinned_needs
 from shardlib.shard import ShardConnection
-from shardlib.topology import Topology
+from shardlib.topology import Status, Topology
 
 __all__ = ["PinnedEngine", "connect_pinned"]
 
@@ -71,6 +71,7 @@ class _Pin:
             ShardKeyMismatch: it names another key.
             ShardKeyRequired: it would write rows of other keys that share the shard.
             StaleTopology: it reads the whole shard, a part of which has left.
+            UnsupportedOperation: it writes, and the shard is read-only.
         """
         if not isinstance(statement, Executable) or isinstance(statement, TextClause | DDLElement):
             return
@@ -78,11 +79,13 @@ class _Pin:
         for key in needs.keys:
             if key != self._key:
                 raise ShardKeyMismatch(self._key.decode(errors="replace"), key.decode(errors="replace"), "a statement")
+        assert isinstance(conn, ShardConnection)  # noqa: S101 - for the type checker
+        if needs.writes and conn.shard is not None and conn.shard.status is Status.READONLY:
+            raise is_read_only(conn.shard)
         if needs.scope is not Scope.SCAN:
             return
         if needs.writes and not options.get("all_shards"):
             raise keyless_write(needs, "of every key that shares the shard")
-        assert isinstance(conn, ShardConnection)  # noqa: S101 - for the type checker
         if conn.shard is None:
             return
         gates = self._topology.gates_of(conn.shard.id)
@@ -99,7 +102,7 @@ def _begin(core: Core, key: bytes, conn: Connection) -> Topology:
 
     Raises:
         StaleTopology: no topology with an open gate came in time.
-        ShardUnavailable, PoolTimeout: the shard could not be reached.
+        ShardUnavailable, PoolTimeout: the shard could not be reached, or is inactive.
     """
     assert isinstance(conn, ShardConnection)  # noqa: S101 - for the type checker
     topology = core.cache.current
@@ -107,11 +110,13 @@ def _begin(core: Core, key: bytes, conn: Connection) -> Topology:
     attempt = dead = 0
     while True:
         place = topology.place(core.token(key))
+        check_active(place.shard)
         if conn.invalidated or conn.shard is None or conn.shard.id != place.shard.id:
             _move(conn, core.pools.engine(place.shard.id))
         conn.shard = place.shard
         try:
             start(conn.driver, (place.gate,))
+            begun_by_status(place.shard, conn)
         except GateClosed as closed:
             topology = core.newer(topology, closed, place.shard.name, deadline, attempt)
             attempt += 1

@@ -11,7 +11,10 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import psycopg
+from psycopg import errors as pg
 from sqlalchemy import Table as SaTable
+from sqlalchemy import event
+from sqlalchemy.engine import ExceptionContext
 
 from shardlib.catalog import TopologyCache
 from shardlib.errors import CatalogUnavailable, InvalidTopology, ShardUnavailable, StaleTopology, UnsupportedOperation
@@ -24,7 +27,7 @@ from shardlib.token import hash_of
 from shardlib.topology import Shard, Status, Topology
 from shardlib.waits import Waiter, Waits
 
-__all__ = ["DEAD_MAX", "Ahead", "Core", "Needed", "as_sqlalchemy"]
+__all__ = ["DEAD_MAX", "Ahead", "Core", "Needed", "as_sqlalchemy", "begun_by_status", "check_active", "is_read_only"]
 
 Needed = dict[str, tuple[int, ...]]
 """Shard id -> numbers of the gates a transaction must hold there."""
@@ -61,6 +64,7 @@ class Core:
         self.token = hash_of(self.cache.current.hash_function)
         self.described = self.describe
         self.cache.listen(self._arrived)
+        event.listen(self.pools.dialect, "handle_error", _show_read_only)
 
     def places(self, topology: Topology, keys: tuple[bytes, ...]) -> Needed:
         """The shards and gates that these keys need."""
@@ -202,8 +206,7 @@ class Core:
         """
         if self.closed:
             self.check_open()
-        if shard.status is Status.INACTIVE:
-            raise ShardUnavailable(shard.name, "its status is inactive")
+        check_active(shard)
         engine = self.pools.engine(shard.id)
         for _ in range(DEAD_MAX):
             sent = None if ahead is None else ahead.take(shard, gates, options)
@@ -217,6 +220,7 @@ class Core:
                     start(conn.driver, gates)
                 else:
                     drive(conn.driver, conn.driver.begin())
+                begun_by_status(shard, conn)
             except (GateClosed, UnsupportedOperation):
                 conn.close()
                 raise
@@ -263,6 +267,35 @@ class Ahead:
         conn, self.conn = self.conn, None
         if conn is not None:
             conn.close()
+
+
+def check_active(shard: Shard) -> None:
+    """Raise ShardUnavailable if the shard takes no statements at all."""
+    if shard.status is Status.INACTIVE:
+        raise ShardUnavailable(shard.name, "its status is inactive")
+
+
+def begun_by_status(shard: Shard, conn: ShardConnection) -> None:
+    """The transaction of a read-only shard has begun: the server refuses writes in it, also those of text.
+
+    Raises:
+        psycopg.Error: the connection was lost.
+    """
+    if shard.status is Status.READONLY:
+        drive(conn.driver, conn.driver.message(b"SET TRANSACTION READ ONLY"))
+
+
+def is_read_only(shard: Shard) -> UnsupportedOperation:
+    """The refusal of a write."""
+    return UnsupportedOperation(f"shard {shard.name!r} is read-only", "write again once its status is active")
+
+
+def _show_read_only(context: ExceptionContext) -> BaseException | None:
+    if isinstance(context.original_exception, pg.ReadOnlySqlTransaction):
+        shard: Shard | None = getattr(context.connection, "shard", None)
+        if shard is not None and shard.status is Status.READONLY:
+            return is_read_only(shard)
+    return None
 
 
 @contextmanager

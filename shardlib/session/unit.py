@@ -16,7 +16,7 @@ from sqlalchemy.orm import SessionTransaction
 from shardlib.errors import CrossShardTransaction, StaleTopology, UnsupportedOperation
 from shardlib.fence.connection import drive, lock_gates
 from shardlib.fence.verdict import GateClosed
-from shardlib.session.core import Ahead, Core, Needed, as_sqlalchemy
+from shardlib.session.core import Ahead, Core, Needed, as_sqlalchemy, is_read_only
 from shardlib.shard import ShardConnection
 from shardlib.topology import Shard, Status, Topology
 
@@ -369,9 +369,7 @@ class Unit:
             return  # seen before, by the same topology
         for leg in legs:
             if leg.shard.status is Status.READONLY:
-                raise UnsupportedOperation(
-                    f"shard {leg.shard.name!r} is read-only", "write again once its status is active"
-                )
+                raise is_read_only(leg.shard)
         ids = self.writes.keys() | {leg.shard.id for leg in legs}
         if not twophase and len(ids) > 1:
             raise CrossShardTransaction([self.legs[i].shard.name for i in sorted(ids)])
