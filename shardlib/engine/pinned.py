@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Engine, Executable, TextClause, event
 from sqlalchemy.schema import DDLElement
 
 from shardlib.errors import ShardKeyMismatch, ShardUnavailable, StaleTopology
-from shardlib.fence.connection import lock_gates, start
+from shardlib.fence.connection import begins_without_gate, lock_gates, start
 from shardlib.fence.verdict import GateClosed, lost_connection
 from shardlib.route.needs import Scope
 from shardlib.session.core import DEAD_MAX, Core, as_sqlalchemy, begun_by_status, check_active, is_read_only
@@ -37,8 +37,14 @@ def connect_pinned(core: Core, key: bytes) -> ShardConnection:
     conn.shard, conn.pinned = shard, True
     pin = _Pin(core, key)
     event.listen(conn, "begin", pin.begin)
+    event.listen(conn, "begin_twophase", _refuse_twophase)
     event.listen(conn, "before_execute", pin.check)
     return conn
+
+
+def _refuse_twophase(conn: Connection, xid: Any) -> None:
+    del conn, xid
+    raise begins_without_gate()
 
 
 class _Pin:

@@ -21,11 +21,19 @@ from psycopg.abc import PQGen
 from sqlalchemy.util import await_only
 
 from shardlib.errors import InvalidTopology, UnsupportedOperation
-from shardlib.fence.cursor import AsyncFencedCursor, FencedCursor
+from shardlib.fence.cursor import AsyncFencedCursor, AsyncFencedServerCursor, FencedCursor, FencedServerCursor
 from shardlib.fence.looped import LoopedConnection
 from shardlib.fence.verdict import GateClosed, commit_outcome_unknown, is_closed_gate
 
-__all__ = ["AsyncFencedConnection", "FencedConnection", "UnknownCommit", "drive", "lock_gates", "start"]
+__all__ = [
+    "AsyncFencedConnection",
+    "FencedConnection",
+    "UnknownCommit",
+    "begins_without_gate",
+    "drive",
+    "lock_gates",
+    "start",
+]
 
 T = TypeVar("T")
 
@@ -69,6 +77,10 @@ class _Fenced(_Base):
     _sent: tuple[int, ...] = ()
     """The gates of a start that was sent and whose answer nobody has read yet."""
     _unreplicated: bool = False
+    savepoint_undone: bool = False
+    """Whether a savepoint was rolled back since this was looked at last: gates taken after it are not held any more."""
+    guarded: bool = False
+    """Set while a cursor begins that looks at what it is given."""
     rolling_back: bool = False
     """Whether a ROLLBACK was sent whose answer nobody has read yet."""
 
@@ -88,7 +100,7 @@ class _Fenced(_Base):
             return
         self._gates, self._sent = (), gates
         try:
-            pgconn.send_query(self._get_tx_start_command() + b"; " + lock_sql(gates))
+            pgconn.send_query(self._start_command() + b"; " + lock_sql(gates))
         except psycopg.Error:
             self._gates, self._sent = gates, ()
 
@@ -168,12 +180,42 @@ class _Fenced(_Base):
             yield from self._rolled_back()
         if self.pgconn.transaction_status in _IN_TRANSACTION:
             yield from self._exec_command(b"ROLLBACK")
-        yield from self._start_query()
+        yield from self._start_gated()
+
+    def _exec_command(self, command: Any, *args: Any, **kwargs: Any) -> PQGen[Any]:
+        # psycopg's own savepoints come this way.
+        text = command if isinstance(command, bytes) else command.as_bytes(self)
+        if text.startswith(b"ROLLBACK TO"):
+            self.savepoint_undone = True
+        return super()._exec_command(command, *args, **kwargs)
+
+    def _start_command(self) -> bytes:
+        return super()._get_tx_start_command()
+
+    def _get_tx_start_command(self) -> bytes:
+        # psycopg asks for it where it begins a transaction by itself, past `_start_query` and so without a gate.
+        if self.sealed:
+            raise begins_without_gate()
+        return super()._get_tx_start_command()
+
+    def _tpc_begin_gen(self, xid: Any) -> PQGen[None]:
+        if self.sealed:
+            raise begins_without_gate()  # before psycopg notes that a two-phase transaction is under way
+        yield from super()._tpc_begin_gen(xid)
 
     def _start_query(self) -> PQGen[None]:
         if not self.sealed:
             yield from super()._start_query()
             return
+        if not self.guarded:
+            raise UnsupportedOperation(
+                "a cursor of another class than connection.cursor() gives could end the transaction unseen",
+                "use connection.cursor(), which takes a row_factory",
+            )
+        if self.rolling_back or self.pgconn.transaction_status == _IDLE:
+            yield from self._start_gated()
+
+    def _start_gated(self) -> PQGen[None]:
         if self.rolling_back:
             yield from self._rolled_back()
         if self.pgconn.transaction_status != _IDLE:
@@ -195,7 +237,7 @@ class _Fenced(_Base):
             )
         gates, self._gates = self._gates, ()
         self._check_connection_ok()
-        self.pgconn.send_query(self._get_tx_start_command() + b"; " + lock_sql(gates))
+        self.pgconn.send_query(self._start_command() + b"; " + lock_sql(gates))
         yield from self._gates_answer(gates, began=True)
 
     def lock_more(self, gates: tuple[int, ...]) -> PQGen[None]:
@@ -314,12 +356,23 @@ class _Fenced(_Base):
             self._unreplicated = True
 
 
+def begins_without_gate() -> UnsupportedOperation:
+    """The refusal of the ways to begin a transaction that belong to the driver."""
+    return UnsupportedOperation(
+        "psycopg's transaction() and tpc_begin(), and SQLAlchemy's begin_twophase(), begin a transaction that holds "
+        "no gate",
+        "let the session or connection that routed it begin: engine.session(key), engine.connect(key), "
+        "session(twophase=True); inside its transaction, begin_nested() makes a savepoint",
+    )
+
+
 class FencedConnection(_Fenced, psycopg.Connection[Any]):
     """A blocking psycopg connection behind the fence."""
 
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
         self.cursor_factory = FencedCursor
+        self.server_cursor_factory = FencedServerCursor
         self.add_notice_handler(self._see_notice)
 
     def rollback(self) -> None:
@@ -336,6 +389,7 @@ class AsyncFencedConnection(_Fenced, LoopedConnection):  # type: ignore[misc]
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
         self.cursor_factory: Any = AsyncFencedCursor
+        self.server_cursor_factory: Any = AsyncFencedServerCursor
         self.add_notice_handler(self._see_notice)
 
     async def rollback(self) -> None:  # type: ignore[override]

@@ -144,7 +144,7 @@ class Unit:
         """
         shard, gate = self.topology.place(self.core.token(key))
         leg = self.legs.get(shard.id)
-        if leg is not None and gate in leg.gates:
+        if leg is not None and (gate in leg.at_begin or gate in leg.gates):
             return leg
         refusal: _Refusal | None = None
         if not self.legs and not self.opening:
