@@ -57,6 +57,9 @@ _SCALARS = """
     levenshtein_less_equal ll_to_earth metaphone nlevel show_trgm skeys soundex strict_word_similarity subltree
     subpath svals text2ltree unaccent word_similarity
 
+    all any array distinct exists json_exists json_populate_record json_populate_recordset json_query json_table
+    json_value jsonb_path_query jsonb_populate_record jsonb_populate_recordset setval some xpath
+
     cume_dist dense_rank first_value lag last_value lead next_value nth_value ntile percent_rank rank row_number
 """
 

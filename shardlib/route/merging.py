@@ -177,6 +177,8 @@ def _not_seen_through(select: Select[Any]) -> str | None:
             shown = shown.element
         if isinstance(shown, UnaryExpression) and shown.operator is operators.distinct_op:
             return "DISTINCT"
+        if isinstance(shown, FunctionElement) and str(getattr(shown, "name", "")).lower() == "distinct":
+            return "DISTINCT"  # func.distinct(x) is no function to PostgreSQL
     texts = list(_hints(select))
     for element in walk(expressions_of(select)):
         if isinstance(element, TextClause):

@@ -43,6 +43,7 @@ def filled(facade: Any, keys: list[str]) -> list[str]:
     [
         (select(distinct(Customer.name)), "DISTINCT"),
         (select(Customer.name.distinct().label("one")), "DISTINCT"),
+        (select(func.distinct(Customer.name)), "DISTINCT"),
         (select(Customer.name).prefix_with("DISTINCT"), "a text fragment with DISTINCT"),
         (select(text("DISTINCT name")).select_from(Customer), "a text fragment with DISTINCT"),
         (select(literal_column("DISTINCT name")).select_from(Customer), "a text fragment with DISTINCT"),

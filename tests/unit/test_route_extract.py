@@ -509,3 +509,35 @@ def test_writes_in_a_cte() -> None:
         needs(select(Order).add_cte(gone))
     with pytest.raises(UnsupportedCrossShardQuery):
         needs(select(delete(Item).returning(Item.id).cte()))
+
+
+MINE_OF_ITEMS = select(func.mine(Item.id)).where(Item.tenant == Order.tenant).scalar_subquery()
+
+
+@pytest.mark.parametrize(
+    ("statement", "calls"),
+    [
+        (select(func.lower(Order.id), func.count(Order.id)), ()),
+        (select(func.mine(Order.id)), ("mine",)),
+        (select(Order).where(Order.tenant == "a", func.app.mine(Order.id) > 1), ("app.mine",)),
+        (select(Order).where(func.app.lower(Order.tenant) == "a"), ("app.lower",)),
+        (select(Order).where(text("mine (1) IN (2) AND lower('x') = 'x'")), ("mine",)),
+        (select(Order.id, MINE_OF_ITEMS).where(Order.tenant == "a"), ("mine",)),
+        (select(Order).join(Item, and_(Item.tenant == Order.tenant, func.mine(Item.id))), ("mine",)),
+        (update(Order).where(Order.tenant == "a").values(id=func.mine()), ("mine",)),
+        (delete(Order).where(Order.tenant == "a", func.mine()), ("mine",)),
+    ],
+)
+def test_functions_of_the_application_are_told(statement: Any, calls: tuple[str, ...]) -> None:
+    assert needs_of(statement).calls == calls
+    assert needs_of(statement).calls == calls, "of a kept plan too"
+
+
+def test_keys_that_one_parameter_set_needs_together() -> None:
+    other = aliased(Order)
+    read = select(other.id).where(other.tenant == bindparam("y")).scalar_subquery()
+    statement = update(Order.__table__).where(Order.__table__.c.tenant_id == bindparam("x")).values(id=read)
+    found = needs_of(statement, [{"x": "a", "y": "b"}, {"x": "c", "y": "c"}])
+    assert found.together == ((b"a", b"b"),)
+    plain = update(Order.__table__).where(Order.__table__.c.tenant_id.in_([bindparam("x"), bindparam("y")]))
+    assert needs_of(plain.values(id=1), [{"x": "a", "y": "b"}, {"x": "c", "y": "c"}]).together == ()
