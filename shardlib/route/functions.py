@@ -37,7 +37,7 @@ _SCALARS = """
     regexp_split_to_array regexp_substr repeat replace reverse right round row row_to_json rpad rtrim
     session_user setweight sha224 sha256 sha384 sha512 sign similarity sin split_part sqrt starts_with
     statement_timestamp string_to_array strpos substr substring tan timeofday timezone to_ascii to_char
-    to_date to_hex to_json to_jsonb to_number to_timestamp to_tsquery to_tsvector transaction_timestamp
+    system bernoulli to_date to_hex to_json to_jsonb to_number to_timestamp to_tsquery to_tsvector transaction_timestamp
     translate trim trunc ts_headline ts_rank ts_rank_cd unistr upper user uuid_generate_v4 uuidv4 uuidv7
     websearch_to_tsquery width_bucket
 
