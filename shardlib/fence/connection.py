@@ -79,6 +79,8 @@ class _Fenced(_Base):
     _unreplicated: bool = False
     savepoint_undone: bool = False
     """Whether a savepoint was rolled back since this was looked at last: gates taken after it are not held any more."""
+    only_read: bool = False
+    """Set while a COMMIT is sent that has nothing to keep: one without an answer is a lost connection and no more."""
     guarded: bool = False
     """Set while a cursor begins that looks at what it is given."""
     rolling_back: bool = False
@@ -345,10 +347,10 @@ class _Fenced(_Base):
         try:
             yield from super()._commit_gen()
         except psycopg.Error as error:
-            if commit_outcome_unknown(error):
+            if commit_outcome_unknown(error) and not self.only_read:
                 raise UnknownCommit(str(error).strip() or type(error).__name__) from error
             raise
-        if self._unreplicated:
+        if self._unreplicated and not self.only_read:
             raise UnknownCommit("the wait for a synchronous replica was cancelled; the primary alone has it")
 
     def _see_notice(self, diagnostic: pg.Diagnostic) -> None:

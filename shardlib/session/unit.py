@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Literal
 
-import psycopg
 from psycopg import IsolationLevel, pq
 from sqlalchemy import Connection, event
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import SessionTransaction
 
-from shardlib.errors import CrossShardTransaction, StaleTopology, UnsupportedOperation
+from shardlib.errors import CommitOutcomeUnknown, CrossShardTransaction, StaleTopology, UnsupportedOperation
 from shardlib.fence.connection import drive, lock_gates
 from shardlib.fence.verdict import GateClosed
 from shardlib.session.core import Ahead, Core, Needed, as_sqlalchemy, is_read_only
@@ -72,21 +72,23 @@ class Leg:
 
     def end_read(self) -> None:
         """Commit what was only read. A connection lost meanwhile is no unknown outcome: there is nothing to lose."""
-        if self.connection.handed_out:
-            self.connection._commit_impl()  # noqa: SLF001 - keeps SQLAlchemy's errors; its own call finds nothing to do
-        else:
-            self.send(b"COMMIT")
-        self.connection.ended = True
+        driver = self.connection.driver
+        driver.only_read = not self.connection.handed_out
+        try:
+            self.connection._commit_impl()  # noqa: SLF001 - keeps SQLAlchemy's errors
+        finally:
+            driver.only_read = False
+            self.connection.ended = True
 
     def let_go(self) -> None:
         """Commit what was only read, after the writes are committed: nothing that happens here undoes them."""
-        connection, driver = self.connection, self.connection.driver
-        connection.ended = True
         try:
-            drive(driver, driver.message(b"COMMIT"))
-        except psycopg.Error as error:
-            _log.info("shard %s, read only, was lost after the commit: %s", self.shard.name, type(error).__name__)
-            connection.invalidate(error)
+            self.end_read()
+        except (SQLAlchemyError, CommitOutcomeUnknown) as error:
+            _log.info("shard %s, only read, failed after the commit: %s", self.shard.name, type(error).__name__)
+            self.connection.given_up = True
+            if not self.connection.invalidated:
+                self.connection.invalidate(error)
 
 
 class Unit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from sqlalchemy.engine import Connection, CursorResult, Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from shardlib.errors import UnsupportedOperation
 from shardlib.topology import Shard
@@ -41,6 +42,9 @@ class ShardConnection(Connection):
     """Whether a SELECT asked for row locks (`with_for_update`) in this transaction."""
     ended: bool = False
     """Set once its transaction was ended out of turn: what SQLAlchemy commits later finds nothing to do."""
+
+    given_up: bool = False
+    """Set once its transaction, which had nothing to keep, was lost after the one that decides was committed."""
 
     route: str = "pinned"
     """How its shard was chosen, for spans: `pinned`, or by each `statement`."""
@@ -110,8 +114,13 @@ class ShardConnection(Connection):
         )
 
     def _commit_impl(self) -> None:
-        if not self.ended:
+        if self.ended:
+            return
+        try:
             super()._commit_impl()
+        except SQLAlchemyError:
+            if not self.given_up:  # else by a listener of this very commit: there is nothing left to commit
+                raise
 
     def move_to(self, engine: Engine) -> None:
         """Go on with a connection of another engine (or a fresh one of the same). Nothing may have run on this one.
