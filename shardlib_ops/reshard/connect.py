@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import psycopg
@@ -11,7 +12,7 @@ from psycopg import errors as pg
 from shardlib.dsn import Dsn, scrub
 from shardlib.errors import ShardUnavailable
 
-__all__ = ["SETTINGS", "Runner", "connect", "is_lost", "is_superseded"]
+__all__ = ["SETTINGS", "Runner", "connect", "connect_blocking", "is_lost", "is_superseded"]
 
 SETTINGS: Final = {
     # A value has one text on every server of a cluster: rows travel and are compared as text.
@@ -68,21 +69,46 @@ async def connect(
     Raises:
         ShardUnavailable: no answer in time, or the server refused; the message holds no password.
     """
-    options = " ".join(f"-c {name}={value.replace(' ', chr(92) + ' ')}" for name, value in SETTINGS.items() if value)
-    options += " -c search_path="
     if replication:
         more["replication"] = "database"
-    conninfo = dsn.conninfo(
-        connect_timeout=timeout_s, application_name=application, options=options, keepalives_idle=10,
-        keepalives_interval=5, keepalives_count=3, tcp_user_timeout=20_000, **more,
-    )  # fmt: skip
     try:
-        connection = await AsyncConnection.connect(conninfo, autocommit=True)
+        connection = await AsyncConnection.connect(_conninfo(dsn, application, timeout_s, more), autocommit=True)
+    except psycopg.Error as error:
+        raise ShardUnavailable(shard, scrub(str(error).strip(), dsn.reveal())) from None
+    if not replication and connection.info.server_version >= _TRANSACTION_TIMEOUT_SINCE:
+        await connection.execute("SET transaction_timeout = 0")
+    return connection
+
+
+def connect_blocking(
+    dsn: Dsn, *, shard: str, application: str, timeout_s: int = 5, **more: Any
+) -> psycopg.Connection[Any]:
+    """As `connect`, for what runs in a thread.
+
+    Raises:
+        ShardUnavailable: as `connect`.
+    """
+    try:
+        connection = psycopg.connect(_conninfo(dsn, application, timeout_s, more), autocommit=True)
     except psycopg.Error as error:
         raise ShardUnavailable(shard, scrub(str(error).strip(), dsn.reveal())) from None
     if connection.info.server_version >= _TRANSACTION_TIMEOUT_SINCE:
-        await connection.execute("SET transaction_timeout = 0")
+        connection.execute("SET transaction_timeout = 0")
     return connection
+
+
+def _conninfo(dsn: Dsn, application: str, timeout_s: int, more: Mapping[str, object]) -> str:
+    options = [f"-c {name}={value.replace(' ', chr(92) + ' ')}" for name, value in SETTINGS.items()]
+    return dsn.conninfo(
+        connect_timeout=timeout_s,
+        application_name=application,
+        options=" ".join(options),
+        keepalives_idle=10,
+        keepalives_interval=5,
+        keepalives_count=3,
+        tcp_user_timeout=20_000,
+        **more,
+    )
 
 
 def is_lost(error: BaseException) -> bool:
