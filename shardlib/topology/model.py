@@ -244,6 +244,14 @@ class Topology:
         """The numbers of all gates of a shard, rising: what a statement that reads the whole shard must hold."""
         return self._gates.get(shard_id, ())
 
+    def scan_gates(self, shard_id: str) -> tuple[int, ...]:
+        """What a statement that reads the whole shard must hold: all gates, and the key tables of `hidden_on`.
+
+        The table of job 7, `shardlib.job_7_keys`, is number -7. One that is gone is refused like a closed gate.
+        """
+        gates = self.gates_of(shard_id)
+        return (*gates, *(-job for job in self.hidden_on(shard_id))) if self.moves else gates
+
     def default_gate(self, shard_id: str) -> int:
         """The number of a shard's default gate.
 
