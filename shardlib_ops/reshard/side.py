@@ -52,7 +52,7 @@ def translated(
                 raise Lost(scrub(str(error).strip())) from error
             raise Failure(scrub(str(error).strip())) from error
 
-    return run
+    return run  # type: ignore[return-value]  # `wraps` gives the first parameter a name
 
 
 class ShardSide:
@@ -158,12 +158,9 @@ class ShardSide:
     @translated
     async def retire(self) -> None:
         """See `Side.retire`."""
-        names = [
-            slot(self.job.id, leg.number, direction)
-            for leg in self.job.legs
-            for direction, here in (("forward", leg.source), ("reverse", leg.target))
-            if here == self.shard.id
-        ]
+        job, here = self.job, self.shard.id
+        names = [slot(job.id, leg.number, "forward") for leg in job.legs if leg.source == here]
+        names += [slot(job.id, leg.number, "reverse") for leg in job.legs if leg.target == here]
         async with self.using() as conn:
             await retire(conn, self.runner, slots=names, publication=publication(self.job.id))
 

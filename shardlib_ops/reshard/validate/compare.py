@@ -53,11 +53,19 @@ class Snapshot(Protocol):
     lsn: str
 
 
+class Still(Protocol):
+    """An applier that stands still."""
+
+    async def at(self, lsn: int, *, timeout_s: float) -> None:
+        """Let it apply what a snapshot with the consistent point `lsn` sees, and nothing after it."""
+        ...
+
+
 class Held(Protocol):
     """A stream whose applier can be made to stand still."""
 
-    def held_at(self, lsn: int, *, timeout_s: float) -> AbstractAsyncContextManager[None]:
-        """Inside, everything up to the snapshot of `lsn` is applied, and nothing after it."""
+    def standstill(self, *, timeout_s: float) -> AbstractAsyncContextManager[Still]:
+        """Inside, nothing is applied but what is asked for."""
         ...
 
 
@@ -132,13 +140,14 @@ async def _both(
     async with AsyncExitStack() as stack:
         opened = [link.open_origin("compare"), link.open_sink("compare"), link.open_origin("compare keys")]
         here, there, reader = [await stack.enter_async_context(await connection) for connection in opened]
-        async with export() as snapshot:
+        # Still before the snapshot is made: the applier must not be past its point.
+        async with stream.standstill(timeout_s=_HOLD_S) as still, export() as snapshot:
+            await still.at(_lsn(snapshot.lsn), timeout_s=_HOLD_S)
+            await there.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+            await there.execute("SELECT 1")  # takes the snapshot
             for conn in (here, reader):
                 await conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
                 await conn.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(snapshot.name))
-            async with stream.held_at(_lsn(snapshot.lsn), timeout_s=_HOLD_S):
-                await there.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
-                await there.execute("SELECT 1")  # takes the snapshot
             lsn = snapshot.lsn
         for conn in (here, there):
             await conn.execute("SET LOCAL work_mem = '64MB'")
