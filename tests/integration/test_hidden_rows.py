@@ -31,8 +31,8 @@ from sqlalchemy.orm import Session, aliased, contains_eager, joinedload, selecti
 from shardlib import errors
 from shardlib_ops import LocalCluster
 from tests.support.facade import AsyncFacade, SyncFacade
+from tests.support.hidden import JOB, SOURCE, TARGET, Moving
 from tests.support.models import Base, CardPayment, Customer, Order, Payment, Tag, order_tag
-from tests.support.moving import JOB, SOURCE, TARGET, Moving
 
 KEY = {"shard_key": True}
 OTHER = MetaData()

@@ -128,12 +128,12 @@ class Moving:
                 " lsn pg_lsn NOT NULL DEFAULT '0/0', PRIMARY KEY (k, more))"
             )
         after = self.publish(announce(topology, [Move(JOB, ranges, SOURCE, TARGET)], nonce=uuid4().hex))
-        assert self._copy(ranges) > 20
+        assert self._copy(ranges) > 10
         return after
 
-    def switched(self) -> Topology:
+    def switched(self, *, close: bool = True) -> Topology:
         """The target owns them; the source's are old."""
-        return self.publish(switch(self.catalog.load(), JOB, nonce=uuid4().hex))
+        return self.publish(switch(self.catalog.load(), JOB, nonce=uuid4().hex), close=close)
 
     def given_back(self) -> Topology:
         """The source owns them again."""
