@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Executable, Result, TextClause
@@ -85,7 +85,22 @@ def _synchronized(state: ORMExecuteState, legs: int) -> list[dict[str, Any]]:
 
 
 def _merged(results: list[Result[Any]]) -> Result[Any]:
-    return results[0].merge(*results[1:])
+    merged: Any = results[0].merge(*results[1:])
+    if not merged._yield_per:
+        merged.iterator = _kept(merged.iterator)
+    answer: Result[Any] = merged
+    return answer
+
+
+def _kept(rows: Iterable[Any]) -> Iterator[Any]:
+    """Keep the rows until the last one is read, as one result of SQLAlchemy does.
+
+    `unique()` tells objects apart by their `id()`, which a collected object would leave to another.
+    """
+    kept = []
+    for row in rows:
+        kept.append(row)
+        yield row
 
 
 def _order_is_per_parent(state: ORMExecuteState) -> bool:
