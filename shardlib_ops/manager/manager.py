@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Literal, Self, overload
 from uuid import uuid4
 
 from shardlib.catalog import Catalog, Conflict, open_catalog
@@ -18,6 +18,7 @@ from shardlib.key.encode import encode_key
 from shardlib.token import hash_of
 from shardlib.topology import Shard, Topology
 from shardlib.topology.change import with_shard, without_shard
+from shardlib_ops.manager.blocking import BlockingManager
 from shardlib_ops.manager.bootstrap import NewShard, reached
 from shardlib_ops.reshard.job import Job, Status, Wish
 from shardlib_ops.reshard.plan import (
@@ -31,8 +32,6 @@ from shardlib_ops.reshard.plan import (
 from shardlib_ops.reshard.store import JobStore
 
 __all__ = ["Manager", "Target"]
-
-T = TypeVar("T")
 
 _TRIES: Final = 20
 _CONNECT_S: Final = 10
@@ -62,6 +61,11 @@ class Manager:
     def __init__(self, url: str, *, timeout_s: float = 5.0) -> None:
         self._catalog: Catalog = open_catalog(url, timeout_s=timeout_s)
         self._jobs = JobStore(self._catalog)
+
+    @classmethod
+    def sync(cls, url: str, *, timeout_s: float = 5.0) -> BlockingManager:
+        """The blocking twin, for scripts."""
+        return BlockingManager(cls(url, timeout_s=timeout_s))
 
     async def __aenter__(self) -> Self:
         return self
@@ -159,6 +163,26 @@ class Manager:
 
     # Jobs
 
+    @overload
+    async def split(
+        self,
+        source: str,
+        *,
+        targets: Sequence[Target],
+        keep: int | None = None,
+        retention_s: float | None = None,
+        dry_run: Literal[False] = False,
+    ) -> Job: ...
+    @overload
+    async def split(
+        self,
+        source: str,
+        *,
+        targets: Sequence[Target],
+        keep: int | None = None,
+        retention_s: float | None = None,
+        dry_run: Literal[True],
+    ) -> Plan: ...
     async def split(
         self,
         source: str,
@@ -167,7 +191,7 @@ class Manager:
         keep: int | None = None,
         retention_s: float | None = None,
         dry_run: bool = False,
-    ) -> Any:
+    ) -> Job | Plan:
         """Give a part of a shard's ranges to others, new or not.
 
         Args:
@@ -191,9 +215,22 @@ class Manager:
 
         return await self._begin(targets, plan, retention_s, dry_run)
 
+    @overload
+    async def merge(
+        self,
+        sources: Sequence[str],
+        *,
+        target: Target,
+        retention_s: float | None = None,
+        dry_run: Literal[False] = False,
+    ) -> Job: ...
+    @overload
+    async def merge(
+        self, sources: Sequence[str], *, target: Target, retention_s: float | None = None, dry_run: Literal[True]
+    ) -> Plan: ...
     async def merge(
         self, sources: Sequence[str], *, target: Target, retention_s: float | None = None, dry_run: bool = False
-    ) -> Any:
+    ) -> Job | Plan:
         """Give everything that some shards own to one; see `split` for the arguments, answer and errors."""
 
         def plan(parties: _Parties) -> Plan:
@@ -202,21 +239,44 @@ class Manager:
 
         return await self._begin([target], plan, retention_s, dry_run)
 
-    async def rebalance(self, *, target: Target, retention_s: float | None = None, dry_run: bool = False) -> Any:
+    @overload
+    async def rebalance(
+        self, *, target: Target, retention_s: float | None = None, dry_run: Literal[False] = False
+    ) -> Job: ...
+    @overload
+    async def rebalance(self, *, target: Target, retention_s: float | None = None, dry_run: Literal[True]) -> Plan: ...
+    async def rebalance(self, *, target: Target, retention_s: float | None = None, dry_run: bool = False) -> Job | Plan:
         """Give a shard that owns nothing its fair part of everything; see `split`."""
         return await self._begin(
             [target], lambda parties: plan_rebalance(parties.topology, parties.targets[0]), retention_s, dry_run
         )
 
-    async def drain(self, shard: str, *, retention_s: float | None = None, dry_run: bool = False) -> Any:
+    @overload
+    async def drain(self, shard: str, *, retention_s: float | None = None, dry_run: Literal[False] = False) -> Job: ...
+    @overload
+    async def drain(self, shard: str, *, retention_s: float | None = None, dry_run: Literal[True]) -> Plan: ...
+    async def drain(self, shard: str, *, retention_s: float | None = None, dry_run: bool = False) -> Job | Plan:
         """Give everything that a shard owns to the others, evenly; see `split`."""
         return await self._begin(
             [], lambda parties: plan_drain(parties.topology, parties.topology.shard(shard)), retention_s, dry_run
         )
 
+    @overload
+    async def move_keys(
+        self,
+        keys: Sequence[object],
+        *,
+        target: Target,
+        retention_s: float | None = None,
+        dry_run: Literal[False] = False,
+    ) -> Job: ...
+    @overload
+    async def move_keys(
+        self, keys: Sequence[object], *, target: Target, retention_s: float | None = None, dry_run: Literal[True]
+    ) -> Plan: ...
     async def move_keys(
         self, keys: Sequence[object], *, target: Target, retention_s: float | None = None, dry_run: bool = False
-    ) -> Any:
+    ) -> Job | Plan:
         """Give some keys, such as one large tenant, to a shard; see `split`.
 
         Raises:
