@@ -86,10 +86,9 @@ def _synchronized(state: ORMExecuteState, legs: int) -> list[dict[str, Any]]:
 
 def _merged(results: list[Result[Any]]) -> Result[Any]:
     merged: Any = results[0].merge(*results[1:])
-    if not merged._yield_per:
+    if not merged._yield_per:  # noqa: SLF001 - which refuses unique()
         merged.iterator = _kept(merged.iterator)
-    answer: Result[Any] = merged
-    return answer
+    return merged  # type: ignore[no-any-return]
 
 
 def _kept(rows: Iterable[Any]) -> Iterator[Any]:

@@ -98,13 +98,17 @@ class ShardConnection(Connection):
 
     @contextmanager
     def _marked(self, options: Any) -> Iterator[None]:
-        """While a statement is executed that is marked `OWNED_ONLY`, or that a listener finds to be so."""
+        """While a statement is executed that is marked `OWNED_ONLY`, or that a listener finds to be so.
+
+        A listener of the one may execute another in between: each has its own dialect.
+        """
+        before, self.dialect = self.dialect, self.engine.dialect
         try:
             if options and options.get(OWNED_ONLY):
                 self.owned_only()
             yield
         finally:
-            self.dialect = self.engine.dialect
+            self.dialect = before
 
     def execution_options(self, **options: Any) -> Any:
         """As `Connection.execution_options`; repeating the isolation level of a begun transaction is no change."""

@@ -396,6 +396,33 @@ def test_core_writes_on_a_pinned_connection(facade: Any, moving: Moving) -> None
         assert sum(counts) == conn.scalar(select(func.count()).select_from(O))
 
 
+def test_a_statement_that_a_listener_executes_inside_another(facade: Any, moving: Moving) -> None:
+    """Scans and keyed statements, one inside the other: each is told apart."""
+    count = select(func.count()).select_from(O)
+    counts = []
+    for shard_id in (SOURCE, TARGET):
+        key = a_key_of(facade, shard_id)
+
+        def body(conn: Any, key: str = key) -> list[Any]:
+            inner: list[Any] = []
+
+            def listen(conn: Any, *_: Any) -> None:
+                if len(inner) == 1:
+                    inner.append(None)
+                    keyed = count.where(O.c.tenant_id == key)
+                    inner[:] = [*inner[:1], conn.scalar(count), conn.scalar(keyed), conn.scalar(count)]
+
+            sa.event.listen(conn, "before_execute", listen)
+            inner.append(conn.scalar(count))
+            return [*inner, conn.scalar(count), *inner[1:]]
+
+        first, last, once, keyed, again = facade.connect(body, key)
+        assert (last, once, again, keyed) == (first, first, first, 0)
+        counts.append(first)
+    with moving.plain.connect() as conn:
+        assert sum(counts) == conn.scalar(count)
+
+
 def test_keyed_statements_pay_nothing(facade: Any, moving: Moving) -> None:
     sent: list[str] = []
     with Session(moving.plain) as session:

@@ -48,6 +48,8 @@ def test_announced_ranges_have_gates_of_their_own_and_all_default_gates_are_new(
     assert not old & {gate.number for gate in after.gates}
     assert after.hidden_on("s3") == after.hidden_on("s4") == (7,)
     assert after.hidden_on("s1") == after.hidden_on("s2") == ()
+    assert after.scan_gates("s3") == (*after.gates_of("s3"), -7)
+    assert after.scan_gates("s1") == after.gates_of("s1")
     assert after.place(moves[0].ranges[0].first) == after.place(moves[1].ranges[0].last), "one gate for each shard"
 
 
