@@ -10,7 +10,7 @@ from psycopg import AsyncConnection
 
 from shardlib.topology import Table
 
-__all__ = ["Part", "differences", "parts_of", "present", "unequal"]
+__all__ = ["Part", "bare", "differences", "names_of", "parts_of", "present", "unequal", "unfit"]
 
 
 class Part(NamedTuple):
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
 
 BEFORE_ROWS: Final = frozenset({"table", "column", "type"})
-"""Kinds of parts that a table has from the first. The others may come after its rows. See `before_rows`."""
+"""Kinds of parts that a table has from the first. The others may come after its rows. See `bare`."""
 
 
 def names_of(tables: Iterable[Table]) -> tuple[list[str], list[str]]:
@@ -77,6 +77,24 @@ def unequal(origin: Mapping[Part, str], sink: Mapping[Part, str]) -> list[str]:
         else:
             lines.append(f"{part}: {here} at the source, {there} at the target")
     return lines
+
+
+def bare(found: Mapping[Part, str]) -> bool:
+    """Whether tables have nothing yet of what comes after the rows."""
+    return all(
+        part.kind in BEFORE_ROWS or (part.kind == "constraint" and text.startswith("CHECK"))
+        for part, text in found.items()
+    )
+
+
+def unfit(wanted: Mapping[Part, str], found: Mapping[Part, str]) -> list[str]:
+    """Why rows of the one side cannot come to the other: where they differ, one line a part.
+
+    Tables that have neither indexes nor constraints are fit: they get them after the rows.
+    """
+    if bare(found):
+        wanted = {part: text for part, text in wanted.items() if part in found or part.kind in BEFORE_ROWS}
+    return unequal(wanted, found)
 
 
 async def differences(
