@@ -296,6 +296,21 @@ def test_relationships_load_each_row_once(facade: Any, moving: Moving, how: Any)
         assert sorted(parts[0] + parts[1]) == expected
 
 
+def test_older_ways_to_write_a_statement(facade: Any, moving: Moving) -> None:
+    with moving.plain.connect() as conn:
+        expected = conn.scalar(select(func.count()).select_from(O))
+
+    def body(s: Any) -> tuple[int, int, int]:
+        by_lambda = s.execute(sa.lambda_stmt(lambda: select(Order.tenant_id))).all()
+        changed = s.query(Order).execution_options(all_shards=True).update({Order.total: 1})
+        s.rollback()
+        return len(by_lambda), s.query(Order).count(), changed
+
+    parts = [facade.session(body, a_key_of(facade, shard_id)) for shard_id in (SOURCE, TARGET)]
+    assert tuple(map(sum, zip(*parts, strict=True))) == (expected, expected, expected)
+    assert facade.session(lambda s: len(s.query(Order).all())) == expected
+
+
 def test_contains_eager_and_polymorphic_loads(facade: Any, moving: Moving) -> None:
     eager = select(Customer).outerjoin(Customer.orders).options(contains_eager(Customer.orders))
 
@@ -316,15 +331,19 @@ def everything(session: Any, table: Any, what: str) -> list[Any]:
     )
 
 
-@pytest.mark.parametrize("synchronize", ["auto", False])
-def test_an_update_changes_each_row_once(facade: Any, moving: Moving, synchronize: Any) -> None:
+@pytest.mark.parametrize("which", ["all", "of several keys"])
+@pytest.mark.parametrize("synchronize", ["auto", "fetch", "evaluate", False])
+def test_an_update_changes_each_row_once(facade: Any, moving: Moving, synchronize: Any, which: str) -> None:
     marked = {"all_shards": True, "synchronize_session": synchronize}
 
     def body(s: Any) -> None:
         rows = plainly(s.execute(select(Order.tenant_id, Order.id, Order.total)).all())
         before = everything(s, "orders", "tenant_id, id, total")
         assert len(before) > len(rows)
-        answer = s.execute(update(Order).values(total=Order.total + 100), execution_options=marked)
+        change = update(Order).values(total=Order.total + 100)
+        if which == "of several keys":
+            change = change.where(Order.tenant_id.in_([f"tenant-{n}" for n in range(30)]))
+        answer = s.execute(change, execution_options=marked)
         assert answer.rowcount == len(rows)
         after = Counter({(tenant, i, total + 100): n for (tenant, i, total), n in rows.items()})
         assert plainly(s.execute(select(Order.tenant_id, Order.id, Order.total)).all()) == after
