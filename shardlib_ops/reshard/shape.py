@@ -35,6 +35,9 @@ class Part(NamedTuple):
 BEFORE_ROWS: Final = frozenset({"table", "column", "type"})
 """Kinds of parts that a table has from the first. The others may come after its rows. See `bare`."""
 
+IDENTITY: Final = ", replica identity "
+"""Stands in the text of a table whose replica identity is not the primary key; an index's says so itself."""
+
 
 def names_of(tables: Iterable[Table]) -> tuple[list[str], list[str]]:
     """Schemas and names, side by side, for a query's `unnest(%s::text[], %s::text[])`."""
@@ -90,11 +93,16 @@ def bare(found: Mapping[Part, str]) -> bool:
 def unfit(wanted: Mapping[Part, str], found: Mapping[Part, str]) -> list[str]:
     """Why rows of the one side cannot come to the other: where they differ, one line a part.
 
-    Tables that have neither indexes nor constraints are fit: they get them after the rows.
+    Tables that have neither indexes nor constraints are fit: they get them, and the replica identity, after the rows.
     """
-    if bare(found):
-        wanted = {part: text for part, text in wanted.items() if part in found or part.kind in BEFORE_ROWS}
-    return unequal(wanted, found)
+    if not bare(found):
+        return unequal(wanted, found)
+    early = {part: text for part, text in wanted.items() if part in found or part.kind in BEFORE_ROWS}
+    return unequal(_without_identity(early), _without_identity(found))
+
+
+def _without_identity(parts: Mapping[Part, str]) -> dict[Part, str]:
+    return {part: text.partition(IDENTITY)[0] if part.kind == "table" else text for part, text in parts.items()}
 
 
 async def differences(

@@ -22,6 +22,7 @@ from shardlib_ops import LocalCluster
 from shardlib_ops.reshard import program
 from shardlib_ops.reshard.connect import Runner
 from shardlib_ops.reshard.control import claim, create_keys
+from shardlib_ops.reshard.guard import install_guard
 from shardlib_ops.reshard.link import Link
 from shardlib_ops.reshard.rows import read_shapes
 from shardlib_ops.reshard.schema import advance_sequences, copy_after_rows, copy_before_rows, differences
@@ -82,14 +83,25 @@ def cluster() -> Iterator[LocalCluster]:
 
 
 @asynccontextmanager
-async def databases(cluster: LocalCluster, *, schema: str = SCHEMA, also: str = "") -> AsyncIterator[Pair]:
-    """A new database on each of the two servers, claimed by a job; the first has the schema."""
+async def databases(
+    cluster: LocalCluster, *, schema: str = SCHEMA, also: str = "", role: str | None = None
+) -> AsyncIterator[Pair]:
+    """A new database on each of the two servers, claimed by a job; the first has the schema.
+
+    With a role (its number is added), that is who owns the databases and is in the DSNs; another one on each server.
+    """
     number = next(NUMBERS)
     runner, shards = Runner(number, 1), []
     for at, server in enumerate(cluster.servers[:2], 1):
         with psycopg.connect(server.dsn, autocommit=True) as conn:
-            conn.execute(f"CREATE DATABASE shop_{number}")
-        dsn = Dsn(Dsn(server.dsn).conninfo(dbname=f"shop_{number}"))
+            conn.execute(f"CREATE DATABASE shop_{number}".encode())
+            who = {}
+            if role is not None:
+                who = {"user": f"{role}_{at}", "password": "secret-word"}
+                conn.execute(f"CREATE ROLE {role}_{at} LOGIN PASSWORD 'secret-word' REPLICATION".encode())
+                conn.execute(f"GRANT SET ON PARAMETER session_replication_role TO {role}_{at}".encode())
+                conn.execute(f"ALTER DATABASE shop_{number} OWNER TO {role}_{at}".encode())
+        dsn = Dsn(Dsn(server.dsn).conninfo(dbname=f"shop_{number}", **who))
         with psycopg.connect(dsn.conninfo(), autocommit=True) as conn:
             install(conn, cluster_id="test", shard_id=f"s{at}")
         shards.append(Shard(f"s{at}", f"shard-0{at}", dsn))
@@ -110,12 +122,8 @@ async def rows(conn: AsyncConnection[Any], query: str) -> list[Any]:
 async def test_everything_is_made_and_completed_after_the_rows(cluster: LocalCluster) -> None:
     async with databases(cluster) as (link, origin, sink):
         # What a job hangs on the source's tables does not travel.
-        await origin.execute(
-            "CREATE FUNCTION shardlib.guard() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RETURN NEW; END$$;"
-            "CREATE TRIGGER shardlib_guard BEFORE INSERT ON public.orders FOR EACH ROW"
-            " EXECUTE FUNCTION shardlib.guard(); ALTER TABLE public.orders ENABLE ALWAYS TRIGGER shardlib_guard;"
-            "CREATE PUBLICATION everything FOR ALL TABLES"
-        )
+        await install_guard(origin, link.runner, await read_shapes(origin, link.tables))
+        await origin.execute("CREATE PUBLICATION everything FOR ALL TABLES")
         assert await copy_before_rows(link, [COUNTRY]) is True
         country = "SELECT code, label, n FROM public.country ORDER BY 1"
         assert await rows(sink, country) == await rows(origin, country)
@@ -144,12 +152,11 @@ async def test_all_differences_at_once(cluster: LocalCluster) -> None:
         await copy_before_rows(link, [COUNTRY])
         await copy_after_rows(link)
         await sink.execute(
-            "ALTER TABLE public.orders ALTER note SET NOT NULL,"
-            " ALTER country SET DEFAULT 'fr',"
-            " DROP CONSTRAINT positive, ALTER id SET GENERATED ALWAYS, REPLICA IDENTITY DEFAULT; ALTER TABLE sales.items "
-            " ADD new integer,"
-            " ALTER price TYPE numeric(14, 2); DROP INDEX sales.items_price; DROP POLICY own ON sales.items;"
-            "ALTER TYPE sales.state ADD VALUE 'lost'; ALTER TABLE public.orders DISABLE TRIGGER touch"
+            "ALTER TABLE public.orders ALTER note SET NOT NULL, ALTER country SET DEFAULT 'fr';"
+            "ALTER TABLE public.orders DROP CONSTRAINT positive, ALTER id SET GENERATED ALWAYS;"
+            "ALTER TABLE public.orders REPLICA IDENTITY DEFAULT, DISABLE TRIGGER touch;"
+            "ALTER TABLE sales.items ADD new integer, ALTER price TYPE numeric(14, 2);"
+            "DROP INDEX sales.items_price; DROP POLICY own ON sales.items; ALTER TYPE sales.state ADD VALUE 'lost'"
         )
         with pytest.raises(Failure) as caught:
             await copy_before_rows(link, [COUNTRY])
@@ -169,6 +176,24 @@ async def test_all_differences_at_once(cluster: LocalCluster) -> None:
             "drop the tables on the target",
         ):
             assert what in message, message
+
+
+async def test_a_plain_role_of_another_name_on_each_server(cluster: LocalCluster) -> None:
+    async with databases(cluster, role="plain") as (link, origin, sink):
+        await origin.execute("GRANT SELECT ON public.orders TO PUBLIC")
+        assert await copy_before_rows(link, [COUNTRY]) is True
+        await copy_after_rows(link, [COUNTRY])
+        assert await differences(origin, sink, [ORDERS, ITEMS, COUNTRY]) == []
+        assert await rows(sink, "SELECT has_table_privilege('pg_monitor', 'public.orders', 'SELECT')") == [(True,)]
+        assert await rows(sink, "SELECT tableowner FROM pg_tables WHERE tablename = 'orders'") == [("plain_2",)]
+
+
+async def test_a_role_that_the_target_does_not_know(cluster: LocalCluster) -> None:
+    async with databases(cluster) as (link, origin, _):
+        await origin.execute(f"CREATE ROLE reader_{link.runner.job}")
+        await origin.execute(f"GRANT SELECT ON public.orders TO reader_{link.runner.job}")
+        with pytest.raises(Failure, match=r"refuses ACL public.TABLE orders: role .* does not exist.*create there"):
+            await copy_before_rows(link, [COUNTRY])
 
 
 async def test_some_tables_of_the_target_are_missing(cluster: LocalCluster) -> None:
@@ -344,6 +369,19 @@ async def test_the_program_is_killed_with_whoever_waits_for_it_and_sees_the_pass
             await copying
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+async def test_a_copy_that_broke_off_can_be_taken_back_before_there_are_indexes(cluster: LocalCluster) -> None:
+    async with databases(cluster) as (link, origin, sink):
+        await copy_before_rows(link, [COUNTRY])
+        await sink.execute("CREATE PUBLICATION job FOR TABLE public.orders, sales.items")
+        await sink.execute("INSERT INTO sales.items (tenant) VALUES ('a'); DELETE FROM sales.items")
+        assert await copy_before_rows(link, [COUNTRY]) is False
+        await origin.execute("INSERT INTO public.country VALUES ('de', 'Deutschland')")  # by a load of before the job
+        await copy_after_rows(link, [COUNTRY])
+        assert len(await rows(sink, "SELECT FROM public.country")) == 4
+        identities = "SELECT relname, relreplident FROM pg_class WHERE relname IN ('orders', 'items') ORDER BY 1"
+        assert await rows(sink, identities) == await rows(origin, identities) == [("items", "d"), ("orders", "f")]
 
 
 async def test_a_lock_on_a_table_blocks_and_does_not_fail(

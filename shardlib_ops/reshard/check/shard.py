@@ -74,11 +74,12 @@ async def _look(seen: Look, dsn: Dsn, tables: Sequence[Table], needs: Needs) -> 
         seen.server = await read_server(conn)
         seen.tables = await read_tables(conn, tables)
         seen.shapes, faults = await shapes_of(conn, seen.where, seen.tables)
-        if not seen.server.standby:
-            faults += await _sequences_cached(conn, seen)
+        faults += await _sequences_cached(conn, seen)
     seen.faults += server_faults(seen.where, seen.server, needs)
     seen.faults += table_faults(seen.where, seen.server, seen.tables)
-    seen.faults += faults
+    if needs.gives:
+        # A target may have its tables without indexes yet; in the end they must be like the source's.
+        seen.faults += faults
     if seen.server.superuser or seen.server.replication:
         await _replicates(seen, dsn)
 

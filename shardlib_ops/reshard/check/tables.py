@@ -137,12 +137,12 @@ async def arriving_faults(
                 f"the source uses the extension {name!r}, which the target's server does not have",
                 "install its package on the target's server",
             )
-    found = await source_conn.execute(_GRANTEES.encode(), names_of(tables))
+    found = await source_conn.execute(_ROLES.encode(), names_of(tables))
     for (role,) in await found.fetchall():
         if role not in taker.roles:
             yield Fault(
                 where,
-                f"role {role!r} has rights on the source's tables and is not on the target's server",
+                f"role {role!r} owns or may use tables of the source, and is not on the target's server",
                 f'CREATE ROLE "{role}" there',
             )
     try:
@@ -177,12 +177,12 @@ def _sql(table: Table) -> str:
     return ".".join(f'"{part}"' for part in (table.schema or "public", table.name))
 
 
-_GRANTEES: Final = """
+_ROLES: Final = """
     SELECT DISTINCT r.rolname::text
       FROM unnest(%s::text[], %s::text[]) AS w(schema, name)
       JOIN pg_namespace s ON s.nspname = w.schema
       JOIN pg_class c ON c.relnamespace = s.oid AND c.relname = w.name
-     CROSS JOIN aclexplode(c.relacl) AS a
-      JOIN pg_roles r ON r.oid = a.grantee AND r.oid <> c.relowner
+     CROSS JOIN LATERAL (SELECT c.relowner UNION SELECT grantee FROM aclexplode(c.relacl)) AS a(role)
+      JOIN pg_roles r ON r.oid = a.role AND r.rolname <> current_user
      ORDER BY 1
 """

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, LiteralString
 
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, sql
 
 from shardlib.topology import Table
 from shardlib_ops.reshard.control import claimed
@@ -21,6 +21,7 @@ __all__ = ["copy_after_rows", "copy_before_rows"]
 
 _LOCK_S: Final = 10
 _BUILD_MEMORY: Final = "256MB"
+_IDENTITIES: Final[Mapping[str, LiteralString]] = {"d": "DEFAULT", "f": "FULL", "n": "NOTHING"}
 
 
 async def copy_before_rows(link: Link, references: Sequence[Table]) -> bool:
@@ -57,11 +58,16 @@ async def copy_before_rows(link: Link, references: Sequence[Table]) -> bool:
     return made
 
 
-async def copy_after_rows(link: Link) -> None:
+async def copy_after_rows(link: Link, references: Sequence[Table] = ()) -> None:
     """Let the sink have the origin's indexes, constraints, triggers and policies, if it has none of them.
 
     In one transaction; idempotent: nothing is done where both are alike. A foreign key that does not hold yet is added
     NOT VALID.
+
+    Args:
+        link: a leg, forward.
+        references: reference tables to bring into step first. Between their first copy and the job's announcement a
+            load did not know of the new shard yet; from the announcement on it loads both.
 
     Raises:
         Failure: the sink has some, but not those of the origin; or refuses one.
@@ -69,6 +75,8 @@ async def copy_after_rows(link: Link) -> None:
         psycopg.Error: a server was lost, or another runner holds the job.
     """
     async with await link.open_origin("schema") as origin, await link.open_sink("schema") as sink:
+        if references:
+            await copy_references(link, references, origin, sink)
         wanted = await parts_of(origin, link.tables)
         found = await parts_of(sink, link.tables)
         if wanted == found:
@@ -82,6 +90,7 @@ async def copy_after_rows(link: Link) -> None:
                 f"SET LOCAL lock_timeout = '{_LOCK_S}s'; SET LOCAL maintenance_work_mem = '{_BUILD_MEMORY}'".encode()
             )
             await apply(sink, link.sink, listed)
+            await _restore_identity(link, origin, sink)
             if lines := unequal(await parts_of(origin, link.tables), await parts_of(sink, link.tables)):
                 raise Failure(_different(link, lines))
 
@@ -95,10 +104,26 @@ async def _make(
     async def work() -> None:
         # Made and filled in one: nobody loads a reference table that is there and has not its rows yet.
         await apply(sink, link.sink, listed)
+        for table in link.tables:
+            # The job publishes them, and a published table without an identity refuses to have rows deleted.
+            await sink.execute(sql.SQL("ALTER TABLE {} REPLICA IDENTITY FULL").format(_name(table)))
         for shape in shapes:
             await fill(link, shape, origin, sink)
 
     await together_locked(link, references, origin, sink, work, sink_locks=False)
+
+
+async def _restore_identity(link: Link, origin: AsyncConnection[Any], sink: AsyncConnection[Any]) -> None:
+    """The origin's replica identity, unless it is an index: that came with the index."""
+    for table in link.tables:
+        query = "SELECT relreplident::text FROM pg_class WHERE oid = to_regclass(%s)"
+        row = await (await origin.execute(query, (_name(table).as_string(),))).fetchone()
+        if row is not None and (identity := _IDENTITIES.get(row[0])) is not None:
+            await sink.execute(sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}").format(_name(table), sql.SQL(identity)))
+
+
+def _name(table: Table) -> sql.Identifier:
+    return sql.Identifier(table.schema or "public", table.name)
 
 
 async def _dumped(link: Link, origin: AsyncConnection[Any], section: Any) -> list[Entry]:
