@@ -29,7 +29,7 @@ class Rig:
     """Tables on both shards, a slot, a start; `moving` and `staying` give keys of the one and the other half."""
 
     def __init__(self, cluster: LocalCluster, tables: Sequence[Table], ddl: str, ranges: Sequence[TokenRange] = HALF):
-        self.job = next(_jobs)
+        self.job, self.cluster = next(_jobs), cluster
         shards = [
             Shard(f"s{number}", f"shard-{number:02d}", Dsn(server.dsn))
             for number, server in enumerate(cluster.servers[:2], 1)
@@ -51,7 +51,8 @@ class Rig:
             await control.claim(conn, self.link.runner)
             await control.create_keys(conn, self.link.runner)
         await create_publication(self.a, self.link.runner, self.tables)
-        self.shapes = await read_shapes(self.a, self.tables)
+        async with await self.link.open_origin("shapes") as conn:
+            self.shapes = await read_shapes(conn, self.tables)
         start = await create_slot(self.link, timeout_s=20)
         await control.start_position(self.b, self.link.runner, 1, "forward", start)
 
@@ -85,9 +86,10 @@ class Rig:
         try:
             yield task
         finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            if not task.done():  # whoever waits for the stream has seen what ended it
+                task.cancel()
+                await asyncio.wait([task])
+                assert task.cancelled(), task.exception()
 
     async def end(self) -> int:
         """Where the origin's WAL ends, on its disk."""

@@ -193,8 +193,12 @@ class Sink:
 
     async def _keys(self, keys: list[bytes], lsn: int) -> AsyncRawCursor[Any]:
         cursor = AsyncRawCursor(self._conn)
-        parts = [key.decode().split("\0") for key in keys]
-        first, more = _array([part[0] for part in parts]), _array([_array(part[1:]) for part in parts])
+        texts = [key.decode() for key in keys]
+        if b"\0" in b",".join(keys):
+            parts = [text.split("\0") for text in texts]
+            first, more = _array([part[0] for part in parts]), _array([_array(part[1:]) for part in parts])
+        else:
+            first, more = _array(texts), _array(["{}"] * len(texts))
         await cursor.execute(self._upsert_keys, [first, more, lsn_text(lsn)])
         return cursor
 
@@ -355,7 +359,10 @@ def _around_truncates(changes: list[Change]) -> Iterable[list[Change]]:
 
 def _array(items: Sequence[str]) -> str:
     """A text array as PostgreSQL reads it; made here, since psycopg's way costs several times as much."""
-    return "{" + ",".join(['"' + item.replace("\\", "\\\\").replace('"', '\\"') + '"' for item in items]) + "}"
+    text = '","'.join(items)
+    if "\\" in text or text.count('"') != 2 * len(items) - 2:
+        text = '","'.join([item.replace("\\", "\\\\").replace('"', '\\"') for item in items])
+    return f'{{"{text}"}}' if items else "{}"
 
 
 def _same(shape: TableShape, other: TableShape, shard: str) -> None:

@@ -178,7 +178,11 @@ def read_tuple(message: bytes, at: int) -> tuple[list[Value], int]:
         kind = message[at]
         if kind == _TEXT:
             start = at + 5
-            at = start + number(message[at + 1 : start], "big")
+            # Most values are shorter than 256 bytes.
+            if message[at + 1] or message[at + 2] or message[at + 3]:
+                at = start + number(message[at + 1 : start], "big")
+            else:
+                at = start + message[at + 4]
             append(message[start:at])
         elif kind == _NULL:
             append(None)

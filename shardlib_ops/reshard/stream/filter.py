@@ -38,6 +38,7 @@ UPDATE: Final = 0x55
 DELETE: Final = 0x44
 TRUNCATE: Final = 0x54
 
+_ROWS: Final = frozenset({INSERT, UPDATE, DELETE})
 _BEGIN: Final = 0x42
 _COMMIT: Final = 0x43
 _RELATION: Final = 0x52
@@ -168,16 +169,32 @@ class Filter:
         """Whether no transaction is under way."""
         return self._open is None
 
-    def feed(self, message: bytes) -> None:
-        """Take one `w` message.
+    def feed(self, messages: Iterable[bytes]) -> None:
+        """Take `w` messages, in their order.
 
         Raises:
             SchemaChanged: a table is not any more what `columns` says, or is none of the shapes.
             CannotFollow: a row comes into the ranges and a value of it is not in the stream.
             MalformedStream: it cannot be read.
         """
+        message = b""
+        sources = self._sources
         try:
-            self._feed(message)
+            for message in messages:
+                kind = message[BODY]
+                if kind not in _ROWS:
+                    self._event(kind, message)
+                elif not self._skipping:
+                    source, transaction = sources.get(message[26:30]), self._open
+                    if source is None or transaction is None:
+                        self._unknown(message, message[26:30])
+                    if transaction.commit >= source.first:
+                        if message[30] == _NEW:
+                            self._placed(kind, message, source, transaction)
+                        elif kind == UPDATE:
+                            self._update(message, source, transaction)
+                        else:
+                            self._delete(message, source, transaction)
         except (IndexError, ValueError, struct.error) as error:
             raise malformed(message, str(error)) from error
 
@@ -186,17 +203,8 @@ class Filter:
         if self._open is None and lsn > self.complete:
             self.complete = lsn
 
-    def _feed(self, message: bytes) -> None:
-        kind = message[BODY]
-        if kind in (INSERT, UPDATE, DELETE):
-            if self._skipping:
-                return
-            source = self._sources.get(message[26:30])
-            if source is None or self._open is None:
-                self._unknown(message, message[26:30])
-            if self._open.commit >= source.first:
-                self._row(kind, message, source, self._open)
-        elif kind == _BEGIN:
+    def _event(self, kind: int, message: bytes) -> None:
+        if kind == _BEGIN:
             self._open = Transaction(read_begin(message))
             self._skipping = self._open.commit < self._position
         elif kind == _COMMIT:
@@ -209,14 +217,6 @@ class Filter:
             self._truncated(message)
         elif kind not in (_ORIGIN, _TYPE):
             raise malformed(message, "it is of a kind that was not asked for")
-
-    def _row(self, kind: int, message: bytes, source: Source, transaction: Transaction) -> None:
-        if kind == INSERT or (kind == UPDATE and message[30] == _NEW):
-            self._placed(kind, message, source, transaction)
-        elif kind == UPDATE:
-            self._update(message, source, transaction)
-        else:
-            self._delete(message, source, transaction)
 
     def _placed(self, kind: int, message: bytes, source: Source, transaction: Transaction) -> None:
         """An INSERT, or an UPDATE that leaves the identity, hence the key, as it was."""
@@ -241,7 +241,11 @@ class Filter:
             if new[at] is UNCHANGED:
                 raise malformed(message, "the identity of the row is not in it")
         transaction.keys[key] = None
-        self._add(transaction, (kind, source, None, new), end)
+        changes = transaction.changes
+        changes.append((kind, source, None, new))
+        transaction.size += end
+        if len(changes) >= self._limit or transaction.size >= self._limit_bytes:
+            self._part(transaction)
 
     def _update(self, message: bytes, source: Source, transaction: Transaction) -> None:
         old, at = self._old(message, source)
@@ -296,8 +300,11 @@ class Filter:
         changes.append(change)
         transaction.size += size
         if len(changes) >= self._limit or transaction.size >= self._limit_bytes:
-            self._ready.append(transaction)
-            self._open, self._parted = Transaction(transaction.commit), True
+            self._part(transaction)
+
+    def _part(self, transaction: Transaction) -> None:
+        self._ready.append(transaction)
+        self._open, self._parted = Transaction(transaction.commit), True
 
     def _commit(self, end: int) -> None:
         transaction = self._open

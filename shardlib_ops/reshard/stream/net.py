@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from shardlib_ops.reshard.stream.decode import UNCHANGED, Value
 from shardlib_ops.reshard.stream.filter import DELETE, INSERT, Change
@@ -40,11 +41,7 @@ def net_of(changes: Iterable[Change], match_at: Sequence[int]) -> Net | None:
         inserted twice, which the sink shall refuse.
     """
     rows: dict[object, _State] = {}
-    single = match_at[0] if len(match_at) == 1 else None
-
-    def identity(values: list[Value]) -> object:
-        return values[single] if single is not None else tuple([values[at] for at in match_at])
-
+    identity = itemgetter(*match_at)
     for kind, _, old, new in changes:
         if kind == DELETE:
             assert old is not None  # noqa: S101 - a deletion has an old row
@@ -54,7 +51,9 @@ def net_of(changes: Iterable[Change], match_at: Sequence[int]) -> Net | None:
         assert new is not None  # noqa: S101 - so has everything else a new one
         row = identity(new)
         if kind == INSERT:
-            if not _inserted(rows, row, new):
+            if row not in rows:
+                rows[row] = (_INSERT, new)
+            elif not _inserted(rows, row, new):
                 return None
             continue
         if old is not None and (before := identity(old)) != row:

@@ -147,7 +147,7 @@ class Stream:
                 raise
             raise failure from failure.__cause__
         finally:
-            self._running = False
+            self._running, self._wire = False, None
             self._progress.changed()
 
     async def _run(self, stack: contextlib.AsyncExitStack) -> None:
@@ -212,15 +212,14 @@ class Stream:
 
     async def _read(self, wire: Wire, changes: Filter) -> NoReturn:
         while True:
-            for message in await wire.read(_READ_S):
+            messages = await wire.read(_READ_S)
+            at = 0
+            for index, message in enumerate(messages):
                 if message[0] == _KEEPALIVE:
-                    lsn, wanted = int.from_bytes(message[1:9], "big"), message[17]
-                    changes.at_rest(lsn)
-                    self.received = max(self.received, lsn)
-                    if wanted:
-                        self._confirm(ask=False)
-                else:
-                    changes.feed(message)
+                    changes.feed(messages[at:index])
+                    at = index + 1
+                    self._kept_alive(message, changes)
+            changes.feed(messages[at:] if at else messages)
             self.received = max(self.received, changes.complete)
             for transaction in changes.take():
                 self._queue.append(transaction)
@@ -231,6 +230,13 @@ class Stream:
             await asyncio.sleep(0)
             while self._queued > 2 * self._batch or self._queued_bytes > 2 * _BATCH_BYTES:
                 await self._progress.next()
+
+    def _kept_alive(self, message: bytes, changes: Filter) -> None:
+        lsn = int.from_bytes(message[1:9], "big")
+        changes.at_rest(lsn)
+        self.received = max(self.received, lsn)
+        if message[17]:
+            self._confirm(ask=False)
 
     def _confirm(self, *, ask: bool) -> None:
         if self._wire is not None:

@@ -6,9 +6,11 @@ Source: PostgreSQL documentation, "Streaming Replication Protocol".
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 from typing import Any, Final
 
+import psycopg
 from psycopg import AsyncConnection, pq
 
 from shardlib.errors import ShardUnavailable
@@ -99,8 +101,10 @@ class Wire:
 
     def confirm(self, received: int, durable: int, *, ask: bool) -> None:
         """Tell the origin what it need not keep any more; `ask` for an answer, which tells how far it has sent."""
-        self._pg.put_copy_data(_feedback(b"r", max(received, durable), durable, durable, 0, ask))
-        self._pg.flush()  # what does not fit now goes with the next one
+        # Of a connection that is lost the reader tells; what does not fit into its buffer goes with the next one.
+        with contextlib.suppress(psycopg.OperationalError):
+            self._pg.put_copy_data(_feedback(b"r", max(received, durable), durable, durable, 0, ask))
+            self._pg.flush()
 
     async def close(self) -> None:
         """End the connection; the slot stays."""
