@@ -302,9 +302,10 @@ class JobRunner:
             await reopen(self.world, self.job, serving, self.world.nonce)
             await self._drop_slots()
             await self._step("slots_dropped")
-            for leg in self.job.legs:
-                await self.world.purge(leg, leg.source if done else leg.target, self._breathe)
-                await self._step("leg_purged")
+            old = {leg.source if done else leg.target: leg for leg in self.job.legs}
+            for shard_id, leg in old.items():
+                await self.world.purge(leg, shard_id, self._breathe)
+                await self._step("shard_purged")
             await change(self.world, lambda found: finish(found, self.job.id, nonce=self.world.nonce()))
             await self._step("finished")
         await self._drop_slots()

@@ -281,6 +281,7 @@ class Servers:
         await purge(
             link,
             await side.shapes(),
+            ranges=side.ranges,
             rows_per_s=self._purge_rows_per_s,
             pause=pause,
         )
@@ -294,6 +295,8 @@ class Servers:
     @asynccontextmanager
     async def running(self, flows: Sequence[Flow]) -> AsyncIterator[None]:
         """See `World.running`."""
+        opened = [flow for flow in flows if isinstance(flow, _StreamFlow)]
+        await together(flow.open() for flow in opened)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(flow.run()) for flow in flows]
@@ -376,13 +379,17 @@ class _StreamFlow:
         return state is not None and not state.lost and at is not None
 
     @translated
+    async def open(self) -> None:
+        """Make the stream, so that it can be asked and waited for from the moment on that it is to run."""
+        origin, sink = self._ends()
+        on_new_keys = origin.add_keys if self._direction == "forward" else None
+        self._stream = Stream(self._link, await sink.shapes(), on_new_keys=on_new_keys)
+
+    @translated
     async def run(self) -> None:
         """See `Flow.run`."""
-        origin, sink = self._ends()
-        on_new_keys: Any = origin.add_keys if self._direction == "forward" else None
-        self._stream = Stream(self._link, await sink.shapes(), on_new_keys=on_new_keys)
         try:
-            await self._stream.run()
+            await self.stream.run()
         finally:
             self._stream = None
 

@@ -18,7 +18,7 @@ class Part(NamedTuple):
 
     Attributes:
         table: `schema.name`, or `name` in the schema `public`.
-        kind: `table`, `column`, `constraint`, `foreign key`, `index`, `trigger`, `policy`, `type`.
+        kind: `table`, `column`, `sequence`, `type`, `constraint`, `foreign key`, `index`, `trigger`, `policy`.
         name: its name in the table.
     """
 
@@ -32,7 +32,7 @@ class Part(NamedTuple):
         return f"table {self.table!r}, {self.kind} {self.name!r}"
 
 
-BEFORE_ROWS: Final = frozenset({"table", "column", "type"})
+BEFORE_ROWS: Final = frozenset({"table", "column", "sequence", "type"})
 """Kinds of parts that a table has from the first. The others may come after its rows. See `bare`."""
 
 IDENTITY: Final = ", replica identity "
@@ -153,6 +153,11 @@ SELECT t.n, 'type', format_type(y.oid, NULL), 'enum of ' ||
               FROM pg_enum e WHERE e.enumtypid = y.oid)
   FROM t JOIN pg_type y ON y.typtype = 'e' AND y.oid IN
        (SELECT a.atttypid FROM pg_attribute a WHERE a.attrelid = t.oid AND a.attnum > 0 AND NOT a.attisdropped)
+UNION ALL
+SELECT t.n, 'sequence', x.relname, format_type(q.seqtypid, NULL)
+  FROM t JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass
+                         AND d.refobjid = t.oid AND d.deptype IN ('a', 'i')
+  JOIN pg_sequence q ON q.seqrelid = d.objid JOIN pg_class x ON x.oid = d.objid
 UNION ALL
 SELECT t.n, CASE k.contype WHEN 'f' THEN 'foreign key' ELSE 'constraint' END, k.conname,
        regexp_replace(pg_get_constraintdef(k.oid), ' NOT VALID$', '')

@@ -225,7 +225,7 @@ class World(Protocol):
         ...
 
     async def purge(self, leg: Leg, shard_id: str, pause: Callable[[], Awaitable[None]]) -> None:
-        """Delete the leg's rows from the side that does not serve them."""
+        """Delete the job's rows, of this leg and its others, from a shard that does not serve them."""
         ...
 
     def running(self, flows: Sequence[Flow]) -> AbstractAsyncContextManager[None]:
