@@ -25,7 +25,13 @@ from shardlib_ops.reshard.control import claim, create_keys
 from shardlib_ops.reshard.guard import install_guard
 from shardlib_ops.reshard.link import Link
 from shardlib_ops.reshard.rows import read_shapes
-from shardlib_ops.reshard.schema import advance_sequences, copy_after_rows, copy_before_rows, differences
+from shardlib_ops.reshard.schema import (
+    advance_sequences,
+    copy_after_rows,
+    copy_before_rows,
+    differences,
+    validate_foreign_keys,
+)
 from shardlib_ops.reshard.schema.dump import entries
 from shardlib_ops.reshard.world import Blocked, Failure
 
@@ -156,7 +162,8 @@ async def test_all_differences_at_once(cluster: LocalCluster) -> None:
             "ALTER TABLE public.orders DROP CONSTRAINT positive, ALTER id SET GENERATED ALWAYS;"
             "ALTER TABLE public.orders REPLICA IDENTITY DEFAULT, DISABLE TRIGGER touch;"
             "ALTER TABLE sales.items ADD new integer, ALTER price TYPE numeric(14, 2);"
-            "DROP INDEX sales.items_price; DROP POLICY own ON sales.items; ALTER TYPE sales.state ADD VALUE 'lost'"
+            "ALTER SEQUENCE sales.items_id_seq AS integer; DROP INDEX sales.items_price;"
+            " DROP POLICY own ON sales.items; ALTER TYPE sales.state ADD VALUE 'lost'"
         )
         with pytest.raises(Failure) as caught:
             await copy_before_rows(link, [COUNTRY])
@@ -173,6 +180,7 @@ async def test_all_differences_at_once(cluster: LocalCluster) -> None:
             "policy 'own': not at the target",
             "'open', 'it''s paid', 'lost' at the target",
             "disabled at the target",
+            "sequence 'items_id_seq': bigint at the source, integer at the target",
             "drop the tables on the target",
         ):
             assert what in message, message
@@ -265,6 +273,10 @@ async def test_a_foreign_key_that_does_not_hold_yet(cluster: LocalCluster) -> No
             ("orders_country_fkey", True),
         ]
         assert await differences(origin, sink, [ORDERS, ITEMS]) == []
+        assert await validate_foreign_keys(link) == ("items.items_tenant_order_id_fkey",)
+        await sink.execute("INSERT INTO public.orders (tenant, id) VALUES ('a', 1)")
+        assert await validate_foreign_keys(link) == ()
+        assert await rows(sink, "SELECT FROM pg_constraint WHERE NOT convalidated") == []
 
 
 async def test_sequences_never_go_back_and_keep_their_step(cluster: LocalCluster) -> None:

@@ -80,7 +80,7 @@ async def _look(seen: Look, dsn: Dsn, tables: Sequence[Table], needs: Needs) -> 
     if needs.gives:
         # A target may have its tables without indexes yet; in the end they must be like the source's.
         seen.faults += faults
-    if seen.server.superuser or seen.server.replication:
+    if (seen.server.superuser or seen.server.replication) and seen.server.max_wal_senders > seen.server.senders:
         await _replicates(seen, dsn)
 
 

@@ -14,6 +14,7 @@ from psycopg import errors as pg
 from shardlib_ops.reshard.connect import Runner
 from shardlib_ops.reshard.control import claimed
 from shardlib_ops.reshard.rows import TableShape
+from shardlib_ops.reshard.together import together
 from shardlib_ops.reshard.world import Blocked, Failure
 
 __all__ = ["advance_sequences"]
@@ -75,9 +76,8 @@ async def advance_sequences(
     names = [sql.Identifier(schema, name) for schema, name in await found.fetchall()]
     if not names:
         return
-    given = await _read(giver_conn, names)
     try:
-        taken = await _read(taker_conn, names)
+        given, taken = await together([_read(giver_conn, names), _read(taker_conn, names)])
     except pg.UndefinedTable as error:
         raise Failure(
             f"the target lacks a sequence of the source: {error.diag.message_primary}; "

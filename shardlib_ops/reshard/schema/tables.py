@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, LiteralString
 
 from psycopg import AsyncConnection, sql
+from psycopg import errors as pg
 
 from shardlib.topology import Table
 from shardlib_ops.reshard.control import claimed
@@ -14,10 +15,10 @@ from shardlib_ops.reshard.present import SHOWN, keys_present
 from shardlib_ops.reshard.rows import read_shapes
 from shardlib_ops.reshard.schema.dump import OURS, Entry, apply, dump
 from shardlib_ops.reshard.schema.reference import copy_references, fill, together_locked
-from shardlib_ops.reshard.shape import bare, parts_of, present, unequal, unfit
-from shardlib_ops.reshard.world import Failure
+from shardlib_ops.reshard.shape import bare, names_of, parts_of, present, unequal, unfit
+from shardlib_ops.reshard.world import Blocked, Failure
 
-__all__ = ["copy_after_rows", "copy_before_rows"]
+__all__ = ["copy_after_rows", "copy_before_rows", "validate_foreign_keys"]
 
 _LOCK_S: Final = 10
 _BUILD_MEMORY: Final = "256MB"
@@ -93,6 +94,55 @@ async def copy_after_rows(link: Link, references: Sequence[Table] = ()) -> None:
             await _restore_identity(link, origin, sink)
             if lines := unequal(await parts_of(origin, link.tables), await parts_of(sink, link.tables)):
                 raise Failure(_different(link, lines))
+
+
+async def validate_foreign_keys(link: Link) -> tuple[str, ...]:
+    """Validate the sink's foreign keys that were added before all rows were there, if they are valid at the origin.
+
+    For when both sides are in step. Writers are not held up. Each in a transaction of its own; idempotent.
+
+    Returns:
+        those that do not hold, as `table.constraint`.
+
+    Raises:
+        Blocked: a lock could not be had.
+        psycopg.Error: a server was lost, or another runner holds the job.
+    """
+    left = []
+    async with await link.open_origin("schema") as origin, await link.open_sink("schema") as sink:
+        valid = {place for place, holds in await _foreign_keys(origin, link.tables) if holds}
+        for place, holds in await _foreign_keys(sink, link.tables):
+            if holds or place not in valid:
+                continue
+            schema, table, name = place
+            try:
+                async with sink.transaction():
+                    await sink.execute(claimed(link.runner))
+                    await sink.execute(f"SET LOCAL lock_timeout = '{_LOCK_S}s'".encode())
+                    await sink.execute(
+                        sql.SQL("ALTER TABLE {} VALIDATE CONSTRAINT {}").format(
+                            sql.Identifier(schema, table), sql.Identifier(name)
+                        )
+                    )
+            except pg.ForeignKeyViolation:
+                left.append(f"{table}.{name}")
+            except pg.LockNotAvailable as error:
+                raise Blocked(
+                    f"the foreign key {name!r} of table {table!r} on shard {link.sink.name!r} cannot be validated: "
+                    f"somebody holds a lock on the table for {_LOCK_S} s"
+                ) from error
+    return tuple(left)
+
+
+async def _foreign_keys(conn: AsyncConnection[Any], tables: Sequence[Table]) -> list[tuple[tuple[str, str, str], bool]]:
+    found = await conn.execute(
+        "SELECT w.schema, w.name, k.conname::text, k.convalidated"
+        " FROM unnest(%s::text[], %s::text[]) AS w(schema, name) JOIN pg_namespace s ON s.nspname = w.schema"
+        " JOIN pg_class c ON c.relnamespace = s.oid AND c.relname = w.name"
+        " JOIN pg_constraint k ON k.conrelid = c.oid AND k.contype = 'f' ORDER BY 1, 2, 3",
+        names_of(tables),
+    )
+    return [((schema, table, name), holds) for schema, table, name, holds in await found.fetchall()]
 
 
 async def _make(
