@@ -1,0 +1,449 @@
+"""From the switch to the cleanup, the old side's database refuses who writes rows that have moved: on real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import errors as pg
+
+from shardlib.errors import InvalidArgument, InvalidTopology
+from shardlib_ops import LocalCluster
+from shardlib_ops.reshard import control
+from shardlib_ops.reshard.connect import Runner, is_superseded
+from shardlib_ops.reshard.guard import (
+    activate_guard,
+    deactivate_guard,
+    foreign_writers,
+    install_guard,
+    remove_guard,
+)
+from shardlib_ops.reshard.world import Blocked
+from tests.support.old_side import RANGES, OldSide, old_side
+
+Make = Callable[..., AbstractAsyncContextManager[OldSide]]
+
+pytestmark = pytest.mark.promise("P8")
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[LocalCluster]:
+    with LocalCluster(shards=1, settings={"max_prepared_transactions": "10"}) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def make(servers: LocalCluster) -> Make:
+    return partial(old_side, servers)
+
+
+async def activate(side: OldSide, **more: Any) -> None:
+    await activate_guard(
+        side.conn, side.runner, side.shapes, hash_function=side.link.hash_function, ranges=RANGES, **more
+    )
+
+
+@asynccontextmanager
+async def refused(*words: str) -> AsyncIterator[None]:
+    with pytest.raises(psycopg.Error) as caught:
+        yield
+    assert caught.value.sqlstate == "SL002", caught.value
+    for word in words:
+        assert word in str(caught.value)
+
+
+def plain(name: str) -> tuple[str, tuple[str, tuple[str, ...]]]:
+    return f"CREATE TABLE {name} (k text, id int, v text, PRIMARY KEY (k, id))", (name, ("k",))
+
+
+@pytest.mark.parametrize("kind", ["murmur3", "xxhash"])
+async def test_every_plain_write_of_a_moved_row_is_refused_and_others_pass(make: Make, kind: str) -> None:
+    name = f"plain_{kind}"
+    ddl, table = plain(name)
+    async with make(ddl, table, kind=kind) as side, side.client() as client:
+        moved, stays = side.some(True, 300), side.some(False, 300)
+        for key in (moved[0], stays[0]):
+            await client.execute(f"INSERT INTO {name} VALUES (%s, 1, 'before')", (key,))
+        await install_guard(side.conn, side.runner, side.shapes)
+        await client.execute(f"UPDATE {name} SET v = 'inactive'")
+        await activate(side)
+
+        for key in moved:
+            async with refused("INSERT", name, key, f"job {side.job}", "moved to another shard", "Write through"):
+                await client.execute(f"INSERT INTO {name} VALUES (%s, 2)", (key,))
+        await client.cursor().executemany(f"INSERT INTO {name} VALUES (%s, 2)", [(key,) for key in stays])
+        async with refused("UPDATE"):
+            await client.execute(f"UPDATE {name} SET v = 'x' WHERE k = %s", (moved[0],))
+        async with refused("DELETE"):
+            await client.execute(f"DELETE FROM {name} WHERE k = %s", (moved[0],))
+        async with refused("UPDATE", moved[1]):  # a row that stays gets a key that has moved
+            await client.execute(f"UPDATE {name} SET k = %s WHERE k = %s AND id = 1", (moved[1], stays[0]))
+        async with refused("UPDATE", moved[0]):  # and the other way
+            await client.execute(f"UPDATE {name} SET k = %s, id = 9 WHERE k = %s", (stays[0], moved[0]))
+        async with refused("INSERT"):
+            await client.execute(
+                f"INSERT INTO {name} VALUES (%s, 1) ON CONFLICT (k, id) DO UPDATE SET v = 'x'", (moved[0],)
+            )
+        async with refused("cannot be truncated"):
+            await client.execute(f"TRUNCATE {name}")
+        await client.execute(f"UPDATE {name} SET v = 'y' WHERE k = %s", (stays[0],))
+        await client.execute(f"DELETE FROM {name} WHERE k = %s AND id = 1", (stays[0],))
+        assert await side.fetch(f"SELECT v FROM {name} WHERE k = %s", (moved[0],)) == [("inactive",)]
+        assert await side.fetch(f"SELECT count(*) FROM {name}") == [(301,)]
+
+        await deactivate_guard(side.conn, side.runner, side.shapes)
+        await client.execute(f"DELETE FROM {name} WHERE k = %s", (moved[0],))
+        await client.execute(f"TRUNCATE {name}")
+
+
+async def test_copy_and_psql_are_refused(make: Make) -> None:
+    ddl, table = plain("copied_in")
+    async with make(ddl, table) as side, side.client() as client:
+        await install_guard(side.conn, side.runner, side.shapes)
+        await activate(side)
+        moved, stays = side.some(True, 1), side.some(False, 500)
+        rows = [(key, 1) for key in [*stays, *moved]]
+        async with refused(moved[0]), client.cursor() as cursor, cursor.copy("COPY copied_in FROM STDIN") as copy:
+            for key, number in rows:
+                await copy.write_row((key, number, None))
+        assert await side.fetch("SELECT count(*) FROM copied_in") == [(0,)]
+        insert = f"INSERT INTO copied_in VALUES ('{moved[0]}', 1)"
+        psql = await asyncio.to_thread(
+            subprocess.run,
+            ["psql", "-X", side.dsn, "-v", "VERBOSITY=verbose", "-c", insert],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert psql.returncode == 1
+        assert "SL002" in psql.stderr
+        assert "this key has moved" in psql.stderr
+
+
+async def test_cascades_are_refused(make: Make) -> None:
+    ddl = """
+        CREATE TABLE parents (k text PRIMARY KEY);
+        CREATE TABLE regions (name text PRIMARY KEY);
+        CREATE TABLE children (k text REFERENCES parents ON UPDATE CASCADE ON DELETE CASCADE, id int,
+                               region text REFERENCES regions ON UPDATE CASCADE ON DELETE SET NULL,
+                               PRIMARY KEY (k, id));
+    """
+    async with make(ddl, ("children", ("k",))) as side, side.client() as client:
+        moved, stays = side.some(True, 1)[0], side.some(False, 2)
+        await client.execute("INSERT INTO regions VALUES ('east')")
+        for key in (moved, stays[0]):
+            await client.execute("INSERT INTO parents VALUES (%s)", (key,))
+            await client.execute("INSERT INTO children VALUES (%s, 1, 'east')", (key,))
+        await install_guard(side.conn, side.runner, side.shapes)
+        await activate(side)
+        # `parents` and `regions` have no guard themselves: what is refused is the cascade.
+        async with refused("DELETE of table children"):
+            await client.execute("DELETE FROM parents WHERE k = %s", (moved,))
+        async with refused("UPDATE of table children"):
+            await client.execute("UPDATE parents SET k = 'other' WHERE k = %s", (moved,))
+        async with refused("UPDATE of table children"):
+            await client.execute("UPDATE regions SET name = 'west'")
+        async with refused("UPDATE of table children"):
+            await client.execute("DELETE FROM regions")
+        async with refused("children"):
+            await client.execute("TRUNCATE parents CASCADE")
+        await client.execute("UPDATE parents SET k = %s WHERE k = %s", (stays[1], stays[0]))
+        await client.execute("DELETE FROM parents WHERE k = %s", (stays[1],))
+        assert await side.fetch("SELECT k, region FROM children") == [(moved, "east")]
+
+
+async def test_triggers_of_the_application_are_refused(make: Make) -> None:
+    ddl = """
+        CREATE TABLE inbox (v text);
+        CREATE TABLE outbox (k text PRIMARY KEY, wanted text);
+        CREATE FUNCTION pass_on() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN INSERT INTO outbox VALUES (NEW.v); RETURN NEW; END $$;
+        CREATE TRIGGER t AFTER INSERT ON inbox FOR EACH ROW EXECUTE FUNCTION pass_on();
+        CREATE FUNCTION rename() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN NEW.k := coalesce(NEW.wanted, NEW.k); RETURN NEW; END $$;
+        CREATE TRIGGER zzz BEFORE INSERT OR UPDATE ON outbox FOR EACH ROW EXECUTE FUNCTION rename();
+    """
+    async with make(ddl, ("outbox", ("k",))) as side, side.client() as client:
+        await install_guard(side.conn, side.runner, side.shapes)
+        await activate(side)
+        moved, stays = side.some(True, 1)[0], side.some(False, 2)
+        async with refused(moved):
+            await client.execute("INSERT INTO inbox VALUES (%s)", (moved,))
+        async with refused(moved):  # a trigger changes the key, after any that comes before the guard
+            await client.execute("INSERT INTO outbox VALUES (%s, %s)", (stays[0], moved))
+        await client.execute("INSERT INTO inbox VALUES (%s)", (stays[0],))
+        await client.execute("INSERT INTO outbox VALUES (%s, %s)", (moved, stays[1]))
+        assert sorted(await side.fetch("SELECT k FROM outbox")) == sorted([(stays[0],), (stays[1],)])
+
+
+async def test_a_trigger_that_would_fire_after_the_guard_is_named_before_anything_is_done(make: Make) -> None:
+    ddl = """
+        CREATE TABLE late (k text PRIMARY KEY);
+        CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NEW; END $$;
+        CREATE TRIGGER "~~late" BEFORE INSERT ON late FOR EACH ROW EXECUTE FUNCTION late();
+    """
+    async with make(ddl, ("late", ("k",))) as side:
+        with pytest.raises(InvalidTopology, match="'~~late' of table 'late'"):
+            await install_guard(side.conn, side.runner, side.shapes)
+        assert await side.fetch("SELECT count(*) FROM pg_trigger WHERE tgrelid = 'public.late'::regclass") == [(1,)]
+
+
+async def test_neither_replica_role_nor_superuser_passes_but_the_job_itself_does(make: Make) -> None:
+    ddl, table = plain("passing")
+    async with make(ddl, table) as side, side.client() as client:
+        await install_guard(side.conn, side.runner, side.shapes)
+        await activate(side)
+        moved = side.some(True, 3)
+        assert await (await client.execute("SHOW is_superuser")).fetchone() == ("on",)
+        await client.execute("SET session_replication_role = replica")
+        async with refused():
+            await client.execute("INSERT INTO passing VALUES (%s, 1)", (moved[0],))
+        async with refused():
+            await client.execute("TRUNCATE passing")
+        async with side.conn.transaction():
+            await control.advance(side.conn, side.runner, 1, "reverse", "0/2")
+            await side.conn.execute("SET LOCAL session_replication_role = replica")
+            await side.conn.execute("INSERT INTO public.passing VALUES (%s, 1), (%s, 1)", (moved[0], moved[1]))
+            await side.conn.execute("UPDATE public.passing SET v = 'x'")
+            await side.conn.execute("DELETE FROM public.passing WHERE k = %s", (moved[1],))
+        assert await side.fetch("SELECT k, v FROM passing") == [(moved[0], "x")]
+        # The pass was that of one transaction.
+        async with refused():
+            await side.conn.execute("DELETE FROM public.passing")
+        with pytest.raises(psycopg.Error) as caught:
+            async with side.conn.transaction():
+                await control.advance(side.conn, Runner(side.job, 0), 1, "reverse", "0/3")
+        assert is_superseded(caught.value)
+        # Another job's row is no pass.
+        other = Runner(side.job + 100_000, 1)
+        await control.claim(side.conn, other)
+        await control.start_position(side.conn, other, 1, "reverse", "0/1")
+        async with refused(), side.conn.transaction():
+            await control.advance(side.conn, other, 1, "reverse", "0/2")
+            await side.conn.execute("DELETE FROM public.passing")
+        await control.drop_control(side.conn, other)
+
+
+async def test_a_role_without_any_right_to_the_schema_gets_the_same_message(make: Make) -> None:
+    ddl = plain("roles")[0] + "; CREATE ROLE clerk LOGIN PASSWORD 'clerk'; GRANT ALL ON roles TO clerk"
+    async with make(ddl, ("roles", ("k",))) as side, side.client(user="clerk", password="clerk") as client:
+        await install_guard(side.conn, side.runner, side.shapes)
+        moved, stays = side.some(True, 1)[0], side.some(False, 1)[0]
+        await activate(side, places=[("shard-07", RANGES)])
+        await client.execute("INSERT INTO roles VALUES (%s, 1)", (stays,))
+        async with refused("has moved to shard shard-07"):
+            await client.execute("INSERT INTO roles VALUES (%s, 1)", (moved,))
+        # Its own idea of operators changes nothing.
+        await client.execute("SET search_path = pg_temp, public, pg_catalog")
+        await client.execute("CREATE FUNCTION pg_temp.never(bigint, bigint) RETURNS bigint LANGUAGE sql AS 'SELECT 0'")
+        await client.execute(
+            "CREATE OPERATOR pg_temp.# (leftarg = bigint, rightarg = bigint, function = pg_temp.never)"
+        )
+        async with refused():
+            await client.execute("INSERT INTO public.roles VALUES (%s, 1)", (moved,))
+        with pytest.raises(pg.InsufficientPrivilege):
+            await client.execute("UPDATE shardlib.position SET lsn = lsn")
+
+
+KINDS = {
+    "number": ("k bigint", ("k",)),
+    "uuid": ("k uuid", ("k",)),
+    "day": ("k date", ("k",)),
+    "instant": ("k timestamptz", ("k",)),
+    "bytes": ("k bytea", ("k",)),
+    "pair": ("k text, more int", ("k", "more")),
+    "triple": ("k uuid, more text, last bool", ("k", "more", "last")),
+}
+
+SAMPLES = {
+    "number": "SELECT n::text FROM generate_series(-60, 60) n",
+    "uuid": "SELECT md5(n::text)::uuid::text FROM generate_series(1, 120) n",
+    "day": "SELECT to_char(date '0055-01-01' + n * 7919, 'YYYY-MM-DD') FROM generate_series(1, 120) n",
+    "instant": r"SELECT to_char(timestamp '1970-01-01' + n * interval '7919.5 s', 'YYYY-MM-DD HH24:MI:SS')"
+    r" || CASE n % 2 WHEN 1 THEN '.5' ELSE '' END || '+00' FROM generate_series(1, 120) n",
+    "bytes": r"SELECT '\x' || md5(n::text) FROM generate_series(1, 120) n",
+    "pair": "SELECT 'ü' || n % 11, (n * n)::text FROM generate_series(1, 120) n",
+    "triple": "SELECT md5(n::text)::uuid::text, repeat('é', n % 30), CASE WHEN n % 2 = 0 THEN 't' ELSE 'f' END"
+    " FROM generate_series(1, 120) n",
+}
+
+
+@pytest.mark.parametrize("kind", list(SAMPLES))
+async def test_keys_of_each_type_are_judged_as_the_library_does(make: Make, kind: str) -> None:
+    columns, key = KINDS[kind]
+    ddl = f"CREATE TABLE typed_{kind} ({columns}, v int, PRIMARY KEY ({', '.join(key)}))"
+    async with make(ddl, (f"typed_{kind}", key)) as side, side.client() as client:
+        await install_guard(side.conn, side.runner, side.shapes)
+        await activate(side)
+        await client.execute("SET datestyle = 'German'; SET timezone = 'Asia/Kathmandu'; SET bytea_output = 'escape'")
+        await client.execute("SET standard_conforming_strings = off; SET escape_string_warning = off")
+        types = [column.split()[1] for column in columns.split(", ")]
+        typed = ", ".join(f"%s::{name}" for name in types)
+        insert = f"INSERT INTO typed_{kind} VALUES ({', '.join(['%s'] * len(types))})"
+        stays = 0
+        for texts in await side.fetch(SAMPLES[kind]):
+            values = (await side.fetch(f"SELECT {typed}", texts))[0]
+            if side.link.moves("\0".join(texts).encode()):
+                async with refused():
+                    await client.execute(insert, values)
+            else:
+                await client.execute(insert, values)
+                stays += 1
+        assert 10 < stays < 110
+        assert await side.fetch(f"SELECT count(*) FROM typed_{kind}") == [(stays,)]
+
+
+async def test_partitions_are_guarded_too(make: Make) -> None:
+    ddl = """
+        CREATE TABLE parted (k text, id int, v text, PRIMARY KEY (k, id)) PARTITION BY HASH (id);
+        CREATE TABLE parted_0 PARTITION OF parted FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+        CREATE TABLE parted_1 PARTITION OF parted FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+    """
+    async with make(ddl, ("parted", ("k",))) as side, side.client() as client:
+        await install_guard(side.conn, side.runner, side.shapes)
+        await activate(side)
+        moved, stays = side.some(True, 1)[0], side.some(False, 1)[0]
+        await client.execute("SET session_replication_role = replica")
+        for number in range(4):
+            async with refused():
+                await client.execute("INSERT INTO parted VALUES (%s, %s)", (moved, number))
+            await client.execute("INSERT INTO parted VALUES (%s, %s)", (stays, number))
+        for table in ("parted", "parted_0", "parted_1"):
+            async with refused("truncated"):
+                await client.execute(f"TRUNCATE {table}")
+        async with client.transaction():
+            async with client.transaction(force_rollback=True):
+                await client.execute("UPDATE parted_0 SET v = 'x'")
+            assert await foreign_writers(side.conn, side.shapes) == ()
+        async with client.transaction():
+            await client.execute("UPDATE parted_0 SET v = 'x'")
+            assert [writer.table for writer in await foreign_writers(side.conn, side.shapes)] == ["public.parted_0"]
+        await remove_guard(side.conn, side.runner, side.shapes)
+        await client.execute("TRUNCATE parted")
+
+
+async def test_a_transaction_that_began_before_and_writes_after_is_refused(make: Make) -> None:
+    for level in ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"):
+        name = "began_" + level.replace(" ", "_").lower()
+        ddl, table = plain(name)
+        async with make(ddl, table) as side, side.client() as client:
+            await install_guard(side.conn, side.runner, side.shapes)
+            moved = side.some(True, 2)
+            await client.execute(f"INSERT INTO {name} VALUES (%s, 1)", (moved[0],))  # knows the inactive guard
+            await client.execute(f"BEGIN ISOLATION LEVEL {level}")
+            await client.execute(f"SELECT * FROM {name}")
+            await client.execute("SELECT txid_current()")
+            await activate(side)
+            async with refused():
+                await client.execute(f"INSERT INTO {name} VALUES (%s, 1)", (moved[1],))
+
+
+async def test_foreign_writers_are_found_and_users_of_gates_are_not(make: Make) -> None:
+    ddl, table = plain("foreign_ones")
+    ddl += "; CREATE TABLE elsewhere (k text); CREATE TABLE shardlib.gate_900001 ()"
+    async with make(ddl, table) as side:
+        key = side.some(True, 1)[0]
+        insert = "INSERT INTO foreign_ones VALUES (%s, %s)"
+        async with (
+            side.client(application_name="nightly import") as old,
+            side.client() as gated,
+            side.client() as reader,
+            side.client() as other,
+            side.client() as ours,
+        ):
+            for client in (old, gated, reader, other, ours):
+                await client.execute("BEGIN")
+            await old.execute(insert, (key, 1))
+            await gated.execute("LOCK TABLE shardlib.gate_900001 IN ACCESS SHARE MODE")
+            await gated.execute(insert, (key, 2))
+            await reader.execute("SELECT * FROM foreign_ones FOR SHARE")
+            await other.execute("INSERT INTO elsewhere VALUES ('x')")
+            await ours.execute(f"SET application_name = '{side.runner.application('apply 1')}'")
+            await ours.execute(insert, (key, 3))
+            async with side.client() as client:
+                for gid, gate in (("orders-1", False), ("orders-2", True)):
+                    await client.execute("BEGIN")
+                    if gate:
+                        await client.execute("LOCK TABLE shardlib.gate_900001 IN ACCESS SHARE MODE")
+                    await client.execute(insert, (key, 4 + gate))
+                    await client.execute(f"PREPARE TRANSACTION '{gid}'")
+            found = await foreign_writers(side.conn, side.shapes)
+            assert {(writer.pid, writer.gid) for writer in found} == {
+                (old.info.backend_pid, None),
+                (None, "orders-1"),
+            }
+            texts = sorted(map(str, found))
+            assert re.match(
+                r"prepared transaction 'orders-1' of \w+, which writes to table 'public.foreign_ones'", texts[0]
+            )
+            assert "nightly import, idle in transaction, for " in texts[1]
+            await old.execute("COMMIT")
+            assert [writer.gid for writer in await foreign_writers(side.conn, side.shapes)] == ["orders-1"]
+            for gid in ("orders-1", "orders-2"):
+                await side.conn.execute(f"ROLLBACK PREPARED '{gid}'")
+            assert await foreign_writers(side.conn, side.shapes) == ()
+
+
+async def test_installing_gives_way_to_writers_and_names_them(make: Make) -> None:
+    ddl, table = plain("busy")
+    async with make(ddl, table) as side, side.client(application_name="slow report") as client, side.client() as more:
+        await client.execute("BEGIN")
+        await client.execute("INSERT INTO busy VALUES ('x', 1)")
+        with pytest.raises(
+            Blocked, match=rf"table 'busy' within 0.5 s.*process {client.info.backend_pid} .*slow report"
+        ):
+            await install_guard(side.conn, side.runner, side.shapes, budget_s=0.5)
+        waiting = asyncio.create_task(install_guard(side.conn, side.runner, side.shapes))
+        await asyncio.wait_for(more.execute("INSERT INTO busy VALUES ('y', 1)"), 2)
+        await client.execute("COMMIT")
+        await asyncio.wait_for(waiting, 20)
+        await activate(side)
+        async with refused():
+            await client.execute("INSERT INTO busy VALUES (%s, 2)", (side.some(True, 1)[0],))
+
+
+async def test_steps_may_be_repeated_and_an_active_guard_stays_active(make: Make) -> None:
+    ddl, table = plain("again")
+    async with make(ddl, table) as side, side.client() as client:
+        moved = side.some(True, 1)[0]
+        for _ in range(2):
+            await install_guard(side.conn, side.runner, side.shapes)
+        before = await side.fetch("SELECT oid FROM pg_trigger WHERE tgrelid = 'public.again'::regclass ORDER BY 1")
+        assert len(before) == 2
+        for _ in range(2):
+            await activate(side)
+        await install_guard(side.conn, side.runner, side.shapes)
+        async with refused():
+            await client.execute("INSERT INTO again VALUES (%s, 1)", (moved,))
+        assert before == await side.fetch(
+            "SELECT oid FROM pg_trigger WHERE tgrelid = 'public.again'::regclass ORDER BY 1"
+        )
+        with pytest.raises(InvalidArgument, match="at least one range"):
+            await activate_guard(side.conn, side.runner, side.shapes, hash_function="murmur3", ranges=())
+        await control.claim(side.conn, Runner(side.job, 2))
+        for call in (
+            partial(activate_guard, hash_function="murmur3", ranges=RANGES), deactivate_guard, remove_guard,
+        ):  # fmt: skip
+            with pytest.raises(psycopg.Error) as caught:
+                await call(side.conn, side.runner, side.shapes)
+            assert is_superseded(caught.value)
+        for _ in range(2):
+            await remove_guard(side.conn, Runner(side.job, 2), side.shapes)
+        await client.execute("INSERT INTO again VALUES (%s, 1)", (moved,))
+
+
+async def test_a_key_that_is_null_belongs_to_no_range(make: Make) -> None:
+    async with make("CREATE TABLE loose (k text, v int)", ("loose", ("k",))) as side, side.client() as client:
+        await install_guard(side.conn, side.runner, side.shapes)
+        await activate(side)
+        await client.execute("INSERT INTO loose VALUES (NULL, 1)")
+        async with refused():
+            await client.execute("UPDATE loose SET k = %s", (side.some(True, 1)[0],))
+        await client.execute("DELETE FROM loose")
