@@ -24,6 +24,7 @@ from enum import Enum, auto
 from typing import Final
 
 from shardlib.topology import Topology
+from shardlib.topology.model import MoveState
 from shardlib.topology.moving import give_back, moves_of, moving_gates, renew_moving, switch
 from shardlib_ops.reshard.control import Direction
 from shardlib_ops.reshard.cutover.decide import Limits
@@ -186,34 +187,47 @@ class Cutover:
     async def _take_back(self) -> None:
         """The ranges are open again on the side that has served them."""
         # Cancelled or not: writers wait for this.
-        await asyncio.shield(asyncio.ensure_future(reopen(self.world, self.job, self.serving, self.nonce)))
+        opening = reopen(self.world, self.job, self.serving, self.nonce, certain=True)
+        await asyncio.shield(asyncio.ensure_future(opening))
         await self.step("given_way")
 
 
-async def reopen(world: World, job: Job, serving: Sequence[str], nonce: Callable[[], str]) -> None:
-    """Give the moving ranges new gates where one is closed, and lower the guard there.
+async def reopen(
+    world: World, job: Job, serving: Sequence[str], nonce: Callable[[], str], *, certain: bool = False
+) -> None:
+    """Lower the guard on the shards that serve the moving ranges, and give the ranges new gates where one is closed.
 
-    By the swap of the topology this also makes sure that an earlier attempt, whose outcome nobody heard, can no longer
-    happen.
+    Before that it makes sure that no swap of an earlier attempt, whose outcome nobody heard, can still happen: a swap
+    is bound to the topology's version, so a new version ends it. The guard goes first: whoever comes through the new
+    gates must not meet it.
+
+    Args:
+        world: where it happens.
+        job: what moves.
+        serving: the shards that serve the ranges.
+        nonce: a new unique text for each topology.
+        certain: no swap is under way, so that no version is needed against it.
 
     Raises:
         Lost: a server or the catalog does not answer; to be tried again.
+        Blocked: the job's moves changed meanwhile; to be looked at again.
     """
     topology = await world.topology()
-    if not all(move.source in serving if move.state.value == "copying" else move.target in serving
-               for move in moves_of(topology, job.id)):  # fmt: skip
+    moves = moves_of(topology, job.id)
+    if any((move.source if move.state is MoveState.COPYING else move.target) not in serving for move in moves):
         return  # it has happened after all
+
+    def unmoved(found: Topology) -> Topology:
+        if moves_of(found, job.id) != moves:
+            raise Blocked("the job's moves changed while their gates were to be opened again")
+        return found
+
     closed = [
         gate for gate in moving_gates(topology, job.id) if gate.number not in await world.side(gate.shard_id).gates()
     ]
-    if closed:
-        served = topology.version
-
-        def renewed(found: Topology) -> Topology:
-            if found.version != served and moves_of(found, job.id) != moves_of(topology, job.id):
-                raise Blocked("the job's moves changed while their gates were opened again")
-            return renew_moving(found, job.id, nonce=nonce())
-
-        await change(world, renewed)
+    if closed and not certain:
+        await change(world, lambda found: unmoved(found).evolve(nonce=nonce()))
     for shard_id in serving:
         await world.side(shard_id).guard(active=False)
+    if closed:
+        await change(world, lambda found: renew_moving(unmoved(found), job.id, nonce=nonce()))
