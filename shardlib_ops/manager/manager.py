@@ -20,6 +20,7 @@ from shardlib.topology import Shard, Topology
 from shardlib.topology.change import with_shard, without_shard
 from shardlib_ops.manager.blocking import BlockingManager
 from shardlib_ops.manager.bootstrap import NewShard, reached
+from shardlib_ops.reshard.check import Fault, check_job
 from shardlib_ops.reshard.job import Job, Status, Wish
 from shardlib_ops.reshard.plan import (
     Plan,
@@ -326,6 +327,7 @@ class Manager:
             created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             retention_s=retention_s,
         ).checked()
+        _refuse_faults(await check_job(await self.topology(), job))
         return await asyncio.to_thread(self._jobs.create, job)
 
     async def list_jobs(self) -> list[Job]:
@@ -466,6 +468,15 @@ def _refuse_busy(jobs: Sequence[Job], shards: Sequence[Shard], topology: Topolog
     for shard in () if moving else shards:
         if shard.id in topology.ring.shard_ids:
             raise InvalidTopology(f"shard {shard.name!r} owns ranges", "drain it first")
+
+
+def _refuse_faults(faults: Sequence[Fault]) -> None:
+    """Everything that stands in the way, in one error."""
+    if found := [fault for fault in faults if not fault.note]:
+        raise InvalidTopology(
+            "; ".join(f"{fault.where}: {fault.problem}" for fault in found),
+            "; ".join(dict.fromkeys(fault.way_out for fault in found)),
+        )
 
 
 def _free(connection: Any, topology: Topology) -> None:

@@ -170,7 +170,7 @@ class Servers:
     @translated
     async def schema_after_rows(self, leg: Leg) -> None:
         """See `World.schema_after_rows`."""
-        await copy_after_rows(self.link(leg))
+        await copy_after_rows(self.link(leg), self.references)
         self._sides[leg.target].forget_shapes()
 
     @translated
