@@ -714,3 +714,56 @@ async def test_partitioned_tables_and_columns_the_server_fills(make: Make) -> No
             await rig.a.execute("UPDATE part SET no = DEFAULT WHERE id = 3")
             await rig.drained(stream)
             await rig.assert_same("part")
+
+
+@pytest.mark.parametrize("rows", [2, 60])
+async def test_an_identity_by_the_server_and_a_value_that_is_not_carried(make: Make, rows: int) -> None:
+    name = f"ident{rows}"
+    ddl = f"CREATE TABLE {name} (k text, id int GENERATED ALWAYS AS IDENTITY, v int, big text, PRIMARY KEY (k, id));"
+    rig = await make(ddl + f"ALTER TABLE {name} ALTER big SET STORAGE EXTERNAL", (name, ("k",)))
+    stream = rig.stream()
+    async with rig.running(stream):
+        async with rig.a.transaction():
+            for key in itertools.islice(rig.keys(True), rows):
+                await rig.a.execute(
+                    f"INSERT INTO {name} (k, v, big) VALUES (%s, 0, repeat('x', 9000))".encode(), (key,)
+                )
+        for change in ("v = v + 1", "v = v", "big = 'short'"):
+            await rig.a.execute(f"UPDATE {name} SET {change}".encode())
+            await rig.drained(stream)
+            assert len(await rig.assert_same(name)) == rows
+
+
+async def test_the_position_moves_when_nothing_concerns_the_leg(make: Make) -> None:
+    ddl, table = counters("idle")
+    rig = await make(ddl, table)
+    now = [100.0]
+    stream = rig.stream(clock=lambda: now[0])
+    assert stream.lag_bytes is None
+    assert stream.lag_s is None
+    async with rig.running(stream):
+        await rig.a.execute("INSERT INTO idle VALUES (%s, 1, 1)", (next(rig.keys(False)),))
+        end = await rig.end()
+        await stream.reached(end, timeout_s=20)
+        now[0] += 60
+        async with asyncio.timeout(20):
+            confirmed = 0
+            while confirmed < end:
+                state = await slot_state(rig.a, rig.link.slot)
+                assert state is not None
+                confirmed = state.confirmed
+                await asyncio.sleep(0.05)
+        position = await control.position(rig.b, rig.job, 1, "forward")
+        assert position is not None
+        assert lsn_number(position) >= confirmed, "the slot was told of more than the sink has written down"
+        async with stream.standstill(timeout_s=20):
+            await rig.a.execute("INSERT INTO idle VALUES (%s, 1, 1)", (next(rig.keys(True)),))
+            async with asyncio.timeout(20):
+                while not stream.lag_s:
+                    now[0] += 1
+                    await asyncio.sleep(0.05)
+            assert stream.lag_bytes
+        await rig.drained(stream)
+        async with asyncio.timeout(20):
+            while stream.lag_s:  # noqa: ASYNC110 - a property of the stream
+                await asyncio.sleep(0.05)

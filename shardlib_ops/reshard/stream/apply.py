@@ -48,6 +48,8 @@ _SETTINGS: Final = (
 class Sink:
     """The writing side of a stream: one connection. Made by `open`; the caller closes it.
 
+    Its role may set `session_replication_role`: a superuser, or one with `GRANT SET ON PARAMETER` of that name.
+
     After an error it is of no use: close it, and what was not committed is gone.
     """
 

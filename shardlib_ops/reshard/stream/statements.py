@@ -179,7 +179,11 @@ class Statements:
 
     def update_staged(self, what: int, sent: Sequence[int]) -> str:
         """Set the columns `sent` of the rows that are in the stage under `what`."""
-        sets = ", ".join(f"{_quoted(self.source.names[at])} = {self._staged(at)}" for at in sent)
+        names = self.source.names
+        sets = ", ".join(f"{_quoted(names[at])} = {self._staged(at)}" for at in sent if at not in self.match_at)
+        if not sets:  # nothing but the identity is carried: the row is looked for all the same
+            other = _quoted(next(name for at, name in enumerate(names) if at not in self.match_at))
+            sets = f"{other} = t.{other}"
         return (
             f"UPDATE {self._table} AS t SET {sets} FROM {self.stage} AS s WHERE s.what = {what:d} AND {self._same_row}"
         )

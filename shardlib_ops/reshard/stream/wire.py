@@ -22,7 +22,8 @@ from shardlib_ops.reshard.stream.faults import SlotLost
 __all__ = ["Wire"]
 
 _feedback: Final = struct.Struct("!cQQQQB").pack
-_AT_ONCE: Final = 2_000
+# While these are decoded the applier waits for its turn.
+_AT_ONCE: Final = 500
 _START_S: Final = 30.0
 # What the server says when the slot is no use any more: unknown, invalidated, or its publication is gone.
 _LOST: Final = frozenset({"42704", "55000", "58P01"})
