@@ -331,7 +331,7 @@ async def test_a_killed_connection_surfaces_and_the_next_copy_is_exact(make: Mak
     chunks = itertools.count()
 
     async def kill() -> None:
-        if next(chunks) == 9:
+        if next(chunks) == 5:
             killed = await pair.rows(
                 getattr(pair, side),
                 "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
@@ -340,7 +340,7 @@ async def test_a_killed_connection_surfaces_and_the_next_copy_is_exact(make: Mak
             assert killed
 
     with pytest.raises(psycopg.Error) as raised:
-        await pair.copy(chunk_bytes=16384, throttle=kill)
+        await pair.copy(chunk_bytes=8192, throttle=kill)
     assert is_lost(raised.value), repr(raised.value)
     await _nobody_is_left(pair)
     half = await pair.copied()

@@ -14,11 +14,22 @@ from shardlib.ring import TokenRange, merge_ranges
 from shardlib.token import hash_of
 from shardlib_ops.reshard.rows import Column
 
-__all__ = ["Chunk", "Lines", "binary_alike", "chunks_of", "line_filter", "whole_lines"]
+__all__ = [
+    "BUCKET_BITS",
+    "MOVES",
+    "Chunk",
+    "Lines",
+    "binary_alike",
+    "bucket_table",
+    "chunks_of",
+    "line_filter",
+    "points_of",
+    "whole_lines",
+]
 
-_BUCKET_BITS: Final = 48
-_BUCKETS: Final = 1 << (64 - _BUCKET_BITS)
-_STAYS, _MOVES, _MIXED = range(3)
+BUCKET_BITS: Final = 48
+_BUCKETS: Final = 1 << (64 - BUCKET_BITS)
+STAYS, MOVES, MIXED = range(3)
 
 _MODIFIER: Final = re.compile(r"\(\d+(,-?\d+)?\)")
 # Their binary form is the same on every server of a major version: it holds no OID, no setting, no collation.
@@ -86,10 +97,8 @@ def line_filter(ranges: Sequence[TokenRange], hash_function: str, parts: int) ->
     One list comprehension over a block of lines: what is done for each row is a split, a hash and a look into a table
     of 65,536 buckets of tokens; only a bucket in which a range begins or ends needs a binary search.
     """
-    points: list[int] = []
-    for first, last in merge_ranges(ranges):
-        points += (first, last + 1)
-    table = _bucket_table(points)
+    points = points_of(ranges)
+    table = bucket_table(points)
     digest = hash_of(hash_function)
     tab = b"\t"
 
@@ -118,8 +127,8 @@ def line_filter(ranges: Sequence[TokenRange], hash_function: str, parts: int) ->
                 if (
                     bisect_right(points, of_escaped((key,))) & 1
                     if b"\\" in (key := line.split(tab, 1)[0])
-                    else (where := table[(token := murmur3(key)[0]) >> _BUCKET_BITS])
-                    and (where == _MOVES or bisect_right(points, token) & 1)
+                    else (where := table[(token := murmur3(key)[0]) >> BUCKET_BITS])
+                    and (where == MOVES or bisect_right(points, token) & 1)
                 )
             ]
 
@@ -132,21 +141,29 @@ def line_filter(ranges: Sequence[TokenRange], hash_function: str, parts: int) ->
             if (
                 bisect_right(points, of_escaped((key,))) & 1
                 if b"\\" in (key := line.split(tab, 1)[0])
-                else (where := table[(token := digest(key)) >> _BUCKET_BITS])
-                and (where == _MOVES or bisect_right(points, token) & 1)
+                else (where := table[(token := digest(key)) >> BUCKET_BITS])
+                and (where == MOVES or bisect_right(points, token) & 1)
             )
         ]
 
     return keep
 
 
-def _bucket_table(points: Sequence[int]) -> bytes:
+def points_of(ranges: Sequence[TokenRange]) -> list[int]:
+    """Where ranges begin and, by turns, end: a token is in them if an odd number of points is not above it."""
+    points: list[int] = []
+    for first, last in merge_ranges(ranges):
+        points += (first, last + 1)
+    return points
+
+
+def bucket_table(points: Sequence[int]) -> bytes:
     """For each value of a token's top bits: whether its tokens stay, move, or some of them do."""
     table = bytearray(_BUCKETS)
     for bucket in range(_BUCKETS):
-        before = bisect_right(points, bucket << _BUCKET_BITS)
-        within = bisect_right(points, ((bucket + 1) << _BUCKET_BITS) - 1)
-        table[bucket] = _MIXED if before != within else _MOVES if before & 1 else _STAYS
+        before = bisect_right(points, bucket << BUCKET_BITS)
+        within = bisect_right(points, ((bucket + 1) << BUCKET_BITS) - 1)
+        table[bucket] = MIXED if before != within else MOVES if before & 1 else STAYS
     return bytes(table)
 
 

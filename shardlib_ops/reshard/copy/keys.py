@@ -25,6 +25,7 @@ Key = tuple[str, tuple[str, ...]]
 
 _WORK_MEM: Final = "128MB"
 _FETCH: Final = 20_000
+_SHARED: Final = 2
 _TELL_EVERY: Final = 100_000
 _NEW: Final = "shardlib_new_keys"
 
@@ -176,15 +177,27 @@ async def take_snapshot(reader: Reader, snapshot: ExportedSnapshot) -> None:
 
 
 async def leg_keys(conn: AsyncConnection[Any], link: Link, *, limit: int | None = None) -> list[Key] | None:
-    """The keys of the leg in a side's key table, which the legs of a job share; None if there are more than `limit`."""
-    found: list[Key] = []
+    """The keys of the leg in a side's key table, which the legs of a job share.
+
+    None if there are more than `limit`, or so many of other legs that looking for them takes too long.
+    """
+    name = keys_table(link.runner.job)
+    if limit is not None:
+        found = await conn.execute(
+            sql.SQL("SELECT count(*) FROM (SELECT FROM {} LIMIT {}) AS k").format(name, _SHARED * limit + 1)
+        )
+        row = await found.fetchone()
+        if row is None or row[0] > _SHARED * limit:
+            return None
+    listed: list[Key] = []
     moves = link.moves
     async with conn.transaction(), conn.cursor(name="shardlib_keys") as cursor:
         cursor.itersize = _FETCH
-        await cursor.execute(sql.SQL("SELECT k, more FROM {}").format(keys_table(link.runner.job)))
-        async for k, more in cursor:
-            if moves("\0".join((k, *more)).encode()):
-                found.append((k, tuple(more)))
-                if limit is not None and len(found) > limit:
-                    return None
-    return found
+        await cursor.execute(sql.SQL("SELECT k, nullif(more, '{{}}') FROM {}").format(name))
+        while batch := await cursor.fetchmany(_FETCH):
+            for k, more in batch:
+                if moves((k if more is None else "\0".join((k, *more))).encode()):
+                    listed.append((k, () if more is None else tuple(more)))
+            if limit is not None and len(listed) > limit:
+                return None
+    return listed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,15 +12,16 @@ from psycopg import AsyncConnection, sql
 from shardlib.errors import InvalidTopology
 from shardlib_ops.reshard.copy.chunks import binary_alike
 from shardlib_ops.reshard.copy.keys import Key, key_texts
+from shardlib_ops.reshard.copy.sieve import BinarySieve, Pass, Sieve, TextSieve
 from shardlib_ops.reshard.link import Link
 from shardlib_ops.reshard.rows import TableShape
 
-__all__ = ["KEYS_MAX", "Part", "Way", "copied_tables", "key_settings", "measure", "way_of"]
+__all__ = ["KEYS_MAX", "Part", "Way", "copied_tables", "key_list", "measure", "way_of"]
 
-KEYS_MAX: Final = 100_000
+KEYS_MAX: Final = 50_000
 """Up to how many distinct keys the server filters by a list of them; more of them cost it more than hashing here."""
 
-_SETTING: Final = "shardlib.moving_"
+_BINARY_IS_TEXT: Final = ("text", "character varying")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +75,15 @@ class Way:
 
     Attributes:
         shape: the table at the origin.
-        listed: the server filters by a list of keys; else lines are filtered here by their tokens.
+        listed: the server picks the rows by a list of keys; else all are read, and sieved here by their tokens.
         binary: in the binary form of COPY.
+        mark: 16 random bytes for the sieve.
     """
 
     shape: TableShape
     listed: bool
     binary: bool
+    mark: bytes
 
     @property
     def columns(self) -> list[str]:
@@ -87,28 +91,48 @@ class Way:
         key = self.shape.table.key
         return [*key, *(column.name for column in self.shape.stored if column.name not in key)]
 
-    def read(self, part: Part, condition: str) -> sql.Composed:
-        """COPY of the rows of a part that meet a condition: those that move, or all if they are not `listed`."""
-        columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in self.columns)
-        source = sql.SQL("ONLY {} AS t").format(part.name)
+    @property
+    def separate_key(self) -> bool:
+        """Whether the key must be sent in a column of its own, for a sieve of binary rows."""
+        first = self.shape.stored[self.shape.key_at[0]]
+        return len(self.shape.table.key) > 1 or first.base not in _BINARY_IS_TEXT
+
+    def sieve(self, link: Link) -> Sieve:
+        """A new one, for what `read` gives."""
         if self.listed:
-            texts = key_texts(self.shape)
-            lists = sql.SQL(", ").join(
-                sql.SQL("current_setting({})::text[]").format(f"{_SETTING}{number}") for number in range(len(texts))
-            )
-            names = [sql.Identifier(f"k{number}") for number in range(len(texts))]
-            source += sql.SQL(" JOIN unnest({}) AS k({}) ON {}").format(
-                lists,
-                sql.SQL(", ").join(names),
-                sql.SQL(" AND ").join(
-                    sql.SQL('{} COLLATE "C" = k.{}').format(text, name) for text, name in zip(texts, names, strict=True)
-                ),
-            )
-        return sql.SQL("COPY (SELECT {} FROM {} WHERE {}) TO STDOUT{}").format(
-            columns,
-            source,
-            sql.SQL(condition),
-            sql.SQL(" WITH (FORMAT binary)" if self.binary else ""),
+            return Pass()
+        if not self.binary:
+            return TextSieve(link.ranges, link.hash_function, len(self.shape.table.key))
+        return BinarySieve(
+            self.mark,
+            len(self.columns),
+            separate_key=self.separate_key,
+            ranges=link.ranges,
+            hash_function=link.hash_function,
+        )
+
+    def read(self, part: Part, condition: str, keys: str | None) -> sql.Composed:
+        """COPY of the rows of a part that meet a condition; of those, if `listed`, the rows with one of `keys`.
+
+        Args:
+            part: of the table.
+            condition: SQL about `t`.
+            keys: see `key_list`.
+        """
+        names: list[sql.Composable] = [sql.Identifier("t", name) for name in self.columns]
+        where = sql.SQL("{}").format(sql.SQL(condition))
+        if self.listed:
+            # A constant array, which the server looks keys up in by hashing: faster than a join, and nothing that
+            # would have to be written into the source first.
+            assert keys is not None  # noqa: S101 - so it was decided
+            where += sql.SQL(' AND ({}) COLLATE "C" = ANY ({}::text[])').format(_listed(self.shape), keys)
+        elif self.binary:
+            if self.separate_key:
+                texts = (sql.SQL("convert_to({}, 'UTF8')").format(text) for text in key_texts(self.shape))
+                names.insert(0, sql.SQL(r" || '\x00'::bytea || ").join(texts))
+            names.insert(0, sql.SQL("{}::bytea").format(rf"\x{self.mark.hex()}"))
+        return sql.SQL("COPY (SELECT {} FROM ONLY {} AS t WHERE {}) TO STDOUT{}").format(
+            sql.SQL(", ").join(names), part.name, where, sql.SQL(" WITH (FORMAT binary)" if self.binary else "")
         )
 
     def write(self) -> sql.Composed:
@@ -132,18 +156,20 @@ def way_of(origin: TableShape, sink: TableShape, *, listed: bool, same_version: 
             f"table {origin.table.fullname!r} has no stored column {missing[0]!r} on the target",
             "bring the table to the same columns on both shards",
         )
-    return Way(origin, listed, listed and same_version and binary_alike(origin.stored, sink.stored))
+    return Way(origin, listed, same_version and binary_alike(origin.stored, sink.stored), secrets.token_bytes(16))
 
 
-def key_settings(keys: Sequence[Key], parts: int) -> list[sql.Composed]:
-    """Statements that give a session the list of keys: as settings, so that it need not write anything."""
-    columns = [[k for k, _ in keys], *([more[number] for _, more in keys] for number in range(parts - 1))]
-    return [
-        sql.SQL("SELECT set_config({}, {}, false)").format(f"{_SETTING}{number}", _array(column))
-        for number, column in enumerate(columns)
-    ]
+def _listed(shape: TableShape) -> sql.Composed:
+    """SQL of a row's key as it stands in a list of keys."""
+    texts = key_texts(shape)
+    if len(texts) == 1:
+        return sql.Composed(texts)
+    return sql.SQL(" || ").join(sql.SQL("length({0}) || ':' || {0}").format(text) for text in texts)
 
 
-def _array(texts: Sequence[str]) -> str:
+def key_list(keys: Sequence[Key], parts: int) -> str:
+    """An array of the keys that have so many parts, as PostgreSQL reads it; see `Way.read`."""
+    texts = [k if parts == 1 else "".join(f"{len(part)}:{part}" for part in (k, *more)) for k, more in keys
+             if len(more) == parts - 1]  # fmt: skip
     quoted = (text.replace("\\", "\\\\").replace('"', '\\"') for text in texts)
     return "{" + ",".join(f'"{text}"' for text in quoted) + "}"

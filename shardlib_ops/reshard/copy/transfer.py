@@ -7,16 +7,16 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from psycopg import AsyncConnection, sql
 
 from shardlib.errors import InvalidArgument
-from shardlib_ops.reshard.copy.chunks import Chunk, Lines, chunks_of, line_filter, whole_lines
+from shardlib_ops.reshard.copy.chunks import Chunk, chunks_of
 from shardlib_ops.reshard.copy.keys import Key, leg_keys, take_snapshot
-from shardlib_ops.reshard.copy.plan import KEYS_MAX, Part, Way, copied_tables, key_settings, measure, way_of
+from shardlib_ops.reshard.copy.plan import KEYS_MAX, Part, Way, copied_tables, key_list, measure, way_of
 from shardlib_ops.reshard.copy.reader import Reader, find_psql, open_reader
 from shardlib_ops.reshard.copy.snapshot import ExportedSnapshot
 from shardlib_ops.reshard.copy.writer import forget_places, write_down, writing_rows
@@ -104,8 +104,8 @@ async def copy_tables(
     `collect_keys` has run under the same snapshot, and `empty_half_copied` before it. When the last chunk of a table
     has committed, the table is written down in `shardlib.copied` with the snapshot's LSN.
 
-    With few distinct keys the server picks the rows by a list of them, and they pass through unread, in the binary
-    form where both sides have the same built-in types. With many, all lines are read and filtered by their tokens.
+    With few distinct keys the server picks the rows by a list of them, and they pass through unread. With many, all
+    rows are read and sieved by their tokens. They go in the binary form where both sides have the same built-in types.
 
     Args:
         link: the leg, forward.
@@ -189,6 +189,7 @@ class _Job:
     throttle: Callable[[], Awaitable[None]] | None
     pace: _Pace
     on_progress: Callable[[Copied], None] | None
+    lists: dict[int, str] = field(default_factory=dict)
 
     async def worker(self, number: int, psql: Path | None) -> None:
         """Copy chunks until there are none left."""
@@ -199,48 +200,39 @@ class _Job:
             reader = await open_reader(self.link, "copy", psql=psql)
             stack.push_async_callback(reader.close)
             await take_snapshot(reader, self.snapshot)
-            listed_for = 0
+            # A chunk is read by its place: a parallel plan would read the whole table for each.
+            for setting in ("max_parallel_workers_per_gather = 0", "enable_seqscan = off"):
+                await reader.run(sql.SQL("SET LOCAL {}").format(sql.SQL(setting)))
             while True:
                 if self.throttle is not None:
                     await self.throttle()
                 if not self.work:
                     return
                 item = self.work.popleft()
-                parts = len(item.table.way.shape.table.key)
-                if self.keys is not None and parts != listed_for:
-                    await self._list_keys(reader, self.keys, parts)
-                    listed_for = parts
                 await self._chunk(number, reader, sink, item)
 
-    async def _list_keys(self, reader: Reader, keys: Sequence[Key], parts: int) -> None:
-        # A join by hashing is the only one that is good whatever the planner believes of the number of keys.
-        for method in ("nestloop", "mergejoin"):
-            await reader.run(sql.SQL("SET LOCAL {} = off").format(sql.Identifier(f"enable_{method}")))
-        for statement in key_settings([key for key in keys if len(key[1]) == parts - 1], parts):
-            await reader.run(statement)
+    def _listed(self, parts: int) -> str | None:
+        if self.keys is None:
+            return None
+        if parts not in self.lists:
+            self.lists[parts] = key_list(self.keys, parts)
+        return self.lists[parts]
 
     async def _chunk(self, number: int, reader: Reader, sink: AsyncConnection[Any], item: _Work) -> None:
         table, way = item.table, item.table.way
-        keep: Lines | None = None
-        if not way.listed:
-            keep = line_filter(self.link.ranges, self.link.hash_function, len(way.shape.table.key))
-        pending: list[bytes] = []
-        size = 0
+        sieve, size = way.sieve(self.link), 0
+        query = way.read(item.part, item.chunk.condition(), self._listed(len(way.shape.table.key)))
         async with writing_rows(sink, self.link, number):
             cursor = sink.cursor()
-            async with (
-                cursor.copy(way.write()) as copy,
-                aclosing(reader.blocks(way.read(item.part, item.chunk.condition()))) as blocks,
-            ):
+            async with cursor.copy(way.write()) as copy, aclosing(reader.blocks(query)) as blocks:
                 async for block in blocks:
-                    text = block
-                    if keep is not None:
-                        if not (lines := keep(whole_lines(pending, block))):
-                            continue
-                        text = b"\n".join(lines) + b"\n"
-                    await self.pace.spend(len(text))
-                    await copy.write(text)
-                    size += len(text)
+                    if data := sieve.feed(block):
+                        await self.pace.spend(len(data))
+                        await copy.write(data)
+                        size += len(data)
+                if data := sieve.finish():
+                    await copy.write(data)
+                    size += len(data)
         table.rows += cursor.rowcount
         table.bytes += size
         table.chunks_done += 1
