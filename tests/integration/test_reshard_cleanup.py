@@ -252,7 +252,7 @@ async def test_a_locked_row_is_waited_for_and_then_its_holder_named(make: Make) 
             await client.execute("BEGIN")
             await client.execute("SELECT * FROM held WHERE k = %s FOR UPDATE", (moved[3],))
             with pytest.raises(Blocked, match=rf"'held'.*process {client.info.backend_pid} .*forgotten"):
-                await purge(side.link, side.shapes)
+                await purge(side.link, side.shapes, lock_s=0.3)
         assert await purge(side.link, side.shapes) == 30
 
 

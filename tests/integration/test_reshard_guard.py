@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -16,6 +17,7 @@ from psycopg import errors as pg
 
 from shardlib.errors import InvalidArgument, InvalidTopology
 from shardlib_ops import LocalCluster
+from shardlib_ops.local.binaries import find_postgres
 from shardlib_ops.reshard import control
 from shardlib_ops.reshard.connect import Runner, is_superseded
 from shardlib_ops.reshard.guard import (
@@ -33,9 +35,15 @@ Make = Callable[..., AbstractAsyncContextManager[OldSide]]
 pytestmark = pytest.mark.promise("P8")
 
 
-@pytest.fixture(scope="module")
-def servers() -> Iterator[LocalCluster]:
-    with LocalCluster(shards=1, settings={"max_prepared_transactions": "10"}) as cluster:
+_DEBIAN = Path("/usr/lib/postgresql/15/bin")
+
+
+@pytest.fixture(scope="module", params=["18", "15"])
+def servers(request: pytest.FixtureRequest) -> Iterator[LocalCluster]:
+    if request.param == "15" and not _DEBIAN.is_dir():
+        pytest.skip("no PostgreSQL 15 in /usr/lib/postgresql/15: the form for servers before 18 is not tried")
+    folder = _DEBIAN if request.param == "15" else None
+    with LocalCluster(shards=1, pg_bin=folder, settings={"max_prepared_transactions": "10"}) as cluster:
         yield cluster
 
 
@@ -103,7 +111,7 @@ async def test_every_plain_write_of_a_moved_row_is_refused_and_others_pass(make:
         await client.execute(f"TRUNCATE {name}")
 
 
-async def test_copy_and_psql_are_refused(make: Make) -> None:
+async def test_copy_and_psql_are_refused(make: Make, tmp_path: Path) -> None:
     ddl, table = plain("copied_in")
     async with make(ddl, table) as side, side.client() as client:
         await install_guard(side.conn, side.runner, side.shapes)
@@ -115,9 +123,11 @@ async def test_copy_and_psql_are_refused(make: Make) -> None:
                 await copy.write_row((key, number, None))
         assert await side.fetch("SELECT count(*) FROM copied_in") == [(0,)]
         insert = f"INSERT INTO copied_in VALUES ('{moved[0]}', 1)"
+        postgres = find_postgres(None, None)
         psql = await asyncio.to_thread(
             subprocess.run,
-            ["psql", "-X", side.dsn, "-v", "VERBOSITY=verbose", "-c", insert],
+            [postgres.program("psql"), "-X", side.dsn, "-v", "VERBOSITY=verbose", "-c", insert],
+            env=postgres.environment(tmp_path),
             capture_output=True,
             text=True,
             timeout=30,
@@ -343,6 +353,21 @@ async def test_a_transaction_that_began_before_and_writes_after_is_refused(make:
             await activate(side)
             async with refused():
                 await client.execute(f"INSERT INTO {name} VALUES (%s, 1)", (moved[1],))
+
+
+async def test_a_transaction_that_has_written_before_is_refused_from_its_next_statement_on(make: Make) -> None:
+    ddl, table = plain("wrote_before")
+    async with make(ddl, table) as side, side.client() as client:
+        await install_guard(side.conn, side.runner, side.shapes)
+        insert = "INSERT INTO wrote_before VALUES (%s, %s)"
+        stays, moved = side.some(False, 1)[0], side.some(True, 1)[0]
+        await client.execute("BEGIN")
+        for number in range(12):  # its plan is a cached one, and so is the inactive guard
+            await client.execute(insert, (stays, number), prepare=True)
+        await activate(side)
+        assert [writer.pid for writer in await foreign_writers(side.conn, side.shapes)] == [client.info.backend_pid]
+        async with refused():
+            await client.execute(insert, (moved, 1), prepare=True)
 
 
 async def test_foreign_writers_are_found_and_users_of_gates_are_not(make: Make) -> None:

@@ -31,7 +31,6 @@ from shardlib_ops.reshard.world import Blocked
 __all__ = ["purge"]
 
 _PASSES: Final = 5
-_LOCK_S: Final = 10
 _FETCH: Final = 20_000
 
 _SETTINGS: Final = (
@@ -44,7 +43,6 @@ _SETTINGS: Final = (
     "SET jit = off",
     # What is left is counted by a hash of the keys: each row's key is computed once.
     "SET enable_nestloop = off",
-    f"SET lock_timeout = '{_LOCK_S}s'",
 )
 
 
@@ -55,6 +53,7 @@ async def purge(
     ranges: Sequence[TokenRange] | None = None,
     rows_per_s: int = 20_000,
     blocks: int = 32,
+    lock_s: float = 10.0,
     pause: Callable[[], Awaitable[None]] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> int:
@@ -70,13 +69,14 @@ async def purge(
             those of the link, which is right where the shard has one leg.
         rows_per_s: how many rows go in a second, at most.
         blocks: how many blocks of 8 KiB are looked at in one transaction.
+        lock_s: seconds to wait for a lock that somebody holds on a row.
         pause: awaited between batches; may take its time, and may raise.
         on_progress: told how many rows are deleted so far, after each batch.
 
     Raises:
         InvalidTopology: a key of the key table is outside the ranges, so that its rows may be served here. Nothing is
             deleted.
-        InvalidArgument: `rows_per_s` or `blocks` is less than 1.
+        InvalidArgument: `rows_per_s` or `blocks` is less than 1, or `lock_s` less than a millisecond.
         Blocked: somebody holds a lock on rows, or goes on writing such rows; it is named.
         psycopg.Error: SQLSTATE SL001 if a later runner holds the job; the server went away.
         ShardUnavailable: no server.
@@ -84,12 +84,15 @@ async def purge(
     for name, value in (("rows_per_s", rows_per_s), ("blocks", blocks)):
         if value < 1:
             raise InvalidArgument(name, value, "at least 1")
+    if lock_s < 0.001:
+        raise InvalidArgument("lock_s", lock_s, "seconds, at least 0.001")
     conn = await link.open_sink("purge")
     try:
         for setting in _SETTINGS:
             await conn.execute(setting.encode())
+        await conn.execute(f"SET lock_timeout = {round(lock_s * 1000)}")
         await _check_keys(conn, link, link.ranges if ranges is None else ranges)
-        work = _Purge(conn, link, rows_per_s, blocks, pause, on_progress)
+        work = _Purge(conn, link, rows_per_s, blocks, lock_s, pause, on_progress)
         for shape in shapes:
             await work.empty(shape)
         return work.deleted
@@ -119,6 +122,7 @@ class _Purge:
     link: Link
     rows_per_s: int
     blocks: int
+    lock_s: float
     pause: Callable[[], Awaitable[None]] | None
     on_progress: Callable[[int], None] | None
     deleted: int = 0
@@ -155,7 +159,7 @@ class _Purge:
                 await self.conn.execute("ROLLBACK")
                 raise Blocked(
                     f"rows of moved keys in table {shape.table.fullname!r} of shard {self.link.sink.name!r} are locked "
-                    f"for more than {_LOCK_S} s; the table is used by " + await lock_holders(self.conn, [oid])
+                    f"for more than {self.lock_s:g} s; the table is used by " + await lock_holders(self.conn, [oid])
                 ) from None
             if self.on_progress is not None:
                 self.on_progress(self.deleted)

@@ -7,6 +7,10 @@ function alone, so that no lock on a table is waited for in the short time of a 
 An active guard computes the token of the row's key as the library does, and looks it up in the moved ranges. A row that
 has moved passes only in a transaction that has written the job's row in `shardlib.position`, which the job's own
 streams and its cleanup do, and no application can. A row without a key (NULL) is of no range and passes.
+
+What it cannot stop is the owner of a table who takes the guard off, detaches or drops a partition, or makes a BEFORE
+trigger later whose name comes after the guard's and which changes the key. A partition made while the guard is on gets
+its row trigger, but not the one that refuses TRUNCATE of that partition alone.
 """
 
 from __future__ import annotations
