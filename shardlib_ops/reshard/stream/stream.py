@@ -25,15 +25,14 @@ from typing import Any, Final, NoReturn
 from psycopg import AsyncConnection
 
 from shardlib.errors import InvalidArgument, InvalidTopology
-from shardlib_ops.reshard.control import claimed
 from shardlib_ops.reshard.link import Link
 from shardlib_ops.reshard.rows import TableShape
 from shardlib_ops.reshard.stream.apply import Key, Sink
 from shardlib_ops.reshard.stream.decode import lsn_text
-from shardlib_ops.reshard.stream.faults import SchemaChanged, SlotLost
+from shardlib_ops.reshard.stream.faults import SlotLost
 from shardlib_ops.reshard.stream.filter import Change, Filter, Transaction, mover
+from shardlib_ops.reshard.stream.origin import columns_of, take_slot
 from shardlib_ops.reshard.stream.progress import Lag, Progress
-from shardlib_ops.reshard.stream.slot import slot_state
 from shardlib_ops.reshard.stream.wire import Wire
 
 __all__ = ["NewKeys", "Standstill", "Stream"]
@@ -52,7 +51,6 @@ _ASK_FIRST_S: Final = 0.002
 _ASK_MAX_S: Final = 0.1
 _KEYS_AT_ONCE: Final = 10_000
 _HEARD_MAX: Final = 1_000
-_FREED_MS: Final = 5_000
 _KEEPALIVE: Final = 0x6B
 _EVERYTHING: Final = 1 << 64
 
@@ -157,7 +155,7 @@ class Stream:
         position, copied = await sink.start()
         origin = await link.open_origin("watch")
         stack.push_async_callback(origin.close)
-        confirmed = await self._take_slot(origin)
+        confirmed = await take_slot(origin, link)
         if position is None:
             raise InvalidTopology(
                 f"shard {link.sink.name!r} does not say where the stream from slot {link.slot!r} starts",
@@ -177,7 +175,7 @@ class Stream:
         self._filter = Filter(
             self._shapes,
             self._moves,
-            columns=await _columns(origin, self._shapes, link.origin.name),
+            columns=await columns_of(origin, self._shapes, link.origin.name),
             position=position,
             copied=copied,
             limit=self._batch,
@@ -192,21 +190,6 @@ class Stream:
             tasks.create_task(self._read(self._wire, self._filter))
             tasks.create_task(self._apply(sink, tasks))
             tasks.create_task(self._pulse(origin))
-
-    async def _take_slot(self, origin: AsyncConnection[Any]) -> int:
-        """End whoever reads the slot now, an earlier run of ours; gives what the slot was told last."""
-        link = self._link
-        async with origin.transaction():
-            await origin.execute(claimed(link.runner))
-            state = await slot_state(origin, link.slot)
-            if state is not None and state.active_pid is not None:
-                await origin.execute("SELECT pg_terminate_backend(%s, %s)", (state.active_pid, _FREED_MS))
-        if state is None or state.lost is not None:
-            why = "it is not there" if state is None else state.lost
-            raise SlotLost(
-                f"slot {link.slot!r} of shard {link.origin.name!r} cannot be read: {why}", "the copy has to start anew"
-            )
-        return state.confirmed
 
     # Reading
 
@@ -472,30 +455,3 @@ def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-async def _columns(
-    conn: AsyncConnection[Any], shapes: Sequence[TableShape], shard: str
-) -> dict[tuple[str, str], list[tuple[str, int, int]]]:
-    """The stored columns of the origin's tables, as the stream announces them; checked against the shapes."""
-    found: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
-    for shape in shapes:
-        place = (shape.table.schema or "public", shape.table.name)
-        rows = await (await conn.execute(_COLUMNS, (place[1], place[0]))).fetchall()
-        if {name: kind for name, kind, _, _ in rows} != {column.name: column.type for column in shape.stored}:
-            raise SchemaChanged(
-                f"the columns of table {shape.table.fullname!r} of shard {shard!r} are not those that the job started"
-                " with",
-                "cancel the job and start it again with the new tables, or undo the change and run it again",
-            )
-        found[place] = [(name, oid, modifier) for name, _, oid, modifier in rows]
-    return found
-
-
-_COLUMNS: Final = """
-    SELECT a.attname::text, format_type(a.atttypid, a.atttypmod), a.atttypid, a.atttypmod
-      FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
-     WHERE c.relname = %s AND c.relnamespace = to_regnamespace(quote_ident(%s)) AND c.relkind IN ('r', 'p')
-       AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
-     ORDER BY a.attnum
-"""
