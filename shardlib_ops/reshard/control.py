@@ -88,6 +88,12 @@ async def create_keys(conn: AsyncConnection[Any], runner: Runner) -> None:
                 " WITH (fillfactor = 80)"
             ).format(name)
         )
+        # Finds the few keys that changed lately among all that move, and lets updates stay within their page.
+        await conn.execute(
+            sql.SQL("CREATE INDEX IF NOT EXISTS {} ON {} USING brin (lsn) WITH (pages_per_range = 8)").format(
+                sql.Identifier(f"job_{runner.job:d}_keys_lsn"), name
+            )
+        )
         roles = await conn.execute("SELECT unnest(app_roles) FROM shardlib.control")
         for (role,) in await roles.fetchall():
             await conn.execute(sql.SQL("GRANT SELECT ON {} TO {}").format(name, sql.Identifier(role)))

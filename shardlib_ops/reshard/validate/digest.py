@@ -22,6 +22,7 @@ KeyList = Sequence[tuple[str, tuple[str, ...]]]
 
 BUCKETS: Final = 1024
 _TEMP: Final = "shardlib_compared"
+_LISTED: Final = "(SELECT x.k, x.more::text[] AS more FROM unnest(%s::text[], %s::text[]) AS x (k, more))"
 _BUCKET: Final = f"hashtextextended(k.k, 0) & {BUCKETS - 1}"
 
 
@@ -42,24 +43,34 @@ async def load_keys(conn: AsyncConnection[Any], keys: Iterable[tuple[str, tuple[
     return count
 
 
-async def digests(conn: AsyncConnection[Any], shapes: Sequence[TableShape]) -> dict[tuple[str, int], tuple[int, int]]:
-    """(table, bucket) -> (rows, sum) of the loaded keys' rows. Empty buckets are left out."""
+async def digests(
+    conn: AsyncConnection[Any], shapes: Sequence[TableShape], keys: KeyList | None = None
+) -> dict[tuple[str, int], tuple[int, int]]:
+    """(table, bucket) -> (rows, sum) of the rows of these keys, or of the loaded ones. Empty buckets are left out."""
     found: dict[tuple[str, int], tuple[int, int]] = {}
+    listed = None if keys is None else ([first for first, _ in keys], [_array(rest) for _, rest in keys])
+    source = sql.SQL("pg_temp.{}").format(sql.Identifier(_TEMP)) if keys is None else sql.SQL(_LISTED)
     for shape in shapes:
         query = sql.SQL(
             "SELECT {bucket}, count(*), sum(hashtextextended(ROW({columns})::text, 0))"
-            " FROM {table} AS t JOIN pg_temp.{keys} AS k ON {matches} GROUP BY 1"
+            " FROM {table} AS t JOIN {keys} AS k ON {matches} GROUP BY 1"
         ).format(
             bucket=sql.SQL(_BUCKET),
             columns=_ordered(shape),
             table=shape.name,
-            keys=sql.Identifier(_TEMP),
+            keys=source,
             matches=shape.matches(),
         )
-        cursor = await conn.execute(query)
+        cursor = await conn.execute(query, listed)
         for bucket, rows, total in await cursor.fetchall():
             found[shape.table.fullname, bucket] = (rows, int(total))
     return found
+
+
+def _array(texts: Sequence[str]) -> str:
+    """A literal of PostgreSQL's text[]."""
+    quoted = ('"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in texts)
+    return "{" + ",".join(quoted) + "}"
 
 
 async def key_digests(
