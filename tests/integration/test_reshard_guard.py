@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
+import random
 import re
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,6 +19,8 @@ import pytest
 from psycopg import errors as pg
 
 from shardlib.errors import InvalidArgument, InvalidTopology
+from shardlib.ring import TokenRange
+from shardlib.token import hash_of
 from shardlib_ops import LocalCluster
 from shardlib_ops.local.binaries import find_postgres
 from shardlib_ops.reshard import control
@@ -25,6 +30,7 @@ from shardlib_ops.reshard.guard import (
     deactivate_guard,
     foreign_writers,
     install_guard,
+    lasting,
     remove_guard,
 )
 from shardlib_ops.reshard.world import Blocked
@@ -409,6 +415,21 @@ async def test_foreign_writers_are_found_and_users_of_gates_are_not(make: Make) 
                 r"prepared transaction 'orders-1' of \w+, which writes to table 'public.foreign_ones'", texts[0]
             )
             assert "nightly import, idle in transaction, for " in texts[1]
+            async with side.client() as late:
+                await late.execute("BEGIN")
+                await late.execute(insert, (key, 6))
+                now = await foreign_writers(side.conn, side.shapes)
+                assert {writer.pid for writer in now} == {old.info.backend_pid, late.info.backend_pid, None}
+                assert {writer.pid for writer in lasting(found, now)} == {old.info.backend_pid, None}
+                await old.execute("PREPARE TRANSACTION 'orders-3'")
+                now = await foreign_writers(side.conn, side.shapes)
+                assert {writer.gid for writer in lasting(found, now)} == {"orders-1", "orders-3"}
+                await old.execute("ROLLBACK PREPARED 'orders-3'")
+                await old.execute("BEGIN")
+                await old.execute(insert, (key, 1))
+                assert {writer.gid for writer in lasting(found, await foreign_writers(side.conn, side.shapes))} == {
+                    "orders-1"
+                }
             await old.execute("COMMIT")
             assert [writer.gid for writer in await foreign_writers(side.conn, side.shapes)] == ["orders-1"]
             for gid in ("orders-1", "orders-2"):
@@ -472,3 +493,108 @@ async def test_a_key_that_is_null_belongs_to_no_range(make: Make) -> None:
         async with refused():
             await client.execute("UPDATE loose SET k = %s", (side.some(True, 1)[0],))
         await client.execute("DELETE FROM loose")
+
+
+async def test_the_edges_of_ranges_are_exact(make: Make) -> None:
+    ddl, table = plain("edges")
+    async with make(ddl, table) as side, side.client() as client:
+        await install_guard(side.conn, side.runner, side.shapes)
+        token = hash_of("murmur3")
+        keys = [f"edge-{number}" for number in range(120)]
+        tokens = {key: token(key.encode()) for key in keys}
+        moved, beside, between = keys[:40], keys[40:80], keys[80:]
+        ranges = [TokenRange(tokens[key], tokens[key]) for key in moved]
+        for key in beside:
+            ranges += [TokenRange(tokens[key] - 1, tokens[key] - 1), TokenRange(tokens[key] + 1, tokens[key] + 1)]
+        await activate_guard(side.conn, side.runner, side.shapes, hash_function="murmur3", ranges=ranges)
+        for key in moved:
+            async with refused():
+                await client.execute("INSERT INTO edges VALUES (%s, 1)", (key,))
+        for key in (*beside, *between):
+            await client.execute("INSERT INTO edges VALUES (%s, 1)", (key,))
+        # All tokens, with a hole of one: both ends of the numbers are in.
+        hole = tokens[beside[0]]
+        ranges = [TokenRange(0, hole - 1), TokenRange(hole + 1, (1 << 64) - 1)]
+        await activate_guard(side.conn, side.runner, side.shapes, hash_function="murmur3", ranges=ranges)
+        for key in keys[:40] + keys[41:]:
+            async with refused():
+                await client.execute("INSERT INTO edges VALUES (%s, 2)", (key,))
+        await client.execute("INSERT INTO edges VALUES (%s, 2)", (beside[0],))
+
+
+class Writers:
+    """Clients that write moved and other rows in transactions without a gate, and count what was let in."""
+
+    def __init__(self, side: OldSide, seed: int) -> None:
+        self.side, self.seed, self.done = side, seed, False
+        self.moved, self.stays = side.some(True, 50), side.some(False, 50)
+        self.in_moved = self.in_staying = self.refusals = 0
+
+    async def write(self, number: int) -> None:
+        source = random.Random(self.seed + number)
+        async with self.side.client() as client:
+            for count in itertools.count():
+                if self.done:
+                    return
+                last_moves = source.random() < 0.7
+                keys = [source.choice(self.stays) for _ in range(source.randrange(3))]
+                keys.append(source.choice(self.moved if last_moves else self.stays))
+                try:
+                    async with client.transaction():
+                        for n, key in enumerate(keys):
+                            row = (key, number * 1_000_000 + count * 10 + n)
+                            await client.execute("INSERT INTO raced VALUES (%s, %s)", row, prepare=True)
+                        await asyncio.sleep(source.random() * 0.01)  # as an application does between its statements
+                except psycopg.Error as error:
+                    if error.sqlstate != "SL002":
+                        raise
+                    self.refusals += 1
+                else:
+                    self.in_moved += last_moves
+                    self.in_staying += len(keys) - last_moves
+
+    async def held(self) -> int:
+        found = await self.side.fetch("SELECT count(*) FROM raced WHERE k = ANY (%s)", (self.moved,))
+        return int(found[0][0])
+
+    async def goes_on(self, *, moved: int = 0, staying: int = 0, refused: int = 0) -> None:
+        """Wait until so many more of each have happened."""
+        wanted = (self.in_moved + moved, self.in_staying + staying, self.refusals + refused)
+        async with asyncio.timeout(20):
+            while True:
+                now = (self.in_moved, self.in_staying, self.refusals)
+                if all(count >= least for count, least in zip(now, wanted, strict=True)):
+                    return
+                await asyncio.sleep(0.002)
+
+
+async def nobody_else(side: OldSide) -> None:
+    """Wait for who may have written before the guard stood; there is always somebody who came later."""
+    first = await foreign_writers(side.conn, side.shapes)
+    async with asyncio.timeout(20):
+        while True:
+            if not lasting(first, await foreign_writers(side.conn, side.shapes)):
+                return
+            await asyncio.sleep(0.001)
+
+
+async def test_nothing_gets_in_once_the_guard_stands_and_no_foreign_writer_is_left(make: Make) -> None:
+    ddl, table = plain("raced")
+    seed = int(os.environ.get("SEED", random.randrange(1 << 32)))
+    print(f"SEED={seed}")
+    async with make(ddl, table) as side:
+        await install_guard(side.conn, side.runner, side.shapes)
+        writers = Writers(side, seed)
+        async with asyncio.TaskGroup() as group:
+            for number in range(5):
+                group.create_task(writers.write(number))
+            for _ in range(10):
+                await activate(side)
+                await nobody_else(side)
+                before = await writers.held()
+                await writers.goes_on(refused=5, staying=10)
+                assert await writers.held() == before, "rows got in behind the guard"
+                await deactivate_guard(side.conn, side.runner, side.shapes)
+                await writers.goes_on(moved=5)
+            writers.done = True
+        assert await writers.held() == writers.in_moved

@@ -10,7 +10,7 @@ from psycopg import AsyncConnection
 
 from shardlib_ops.reshard.rows import TableShape
 
-__all__ = ["ForeignWriter", "foreign_writers"]
+__all__ = ["ForeignWriter", "foreign_writers", "lasting"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class ForeignWriter:
         state: as in `pg_stat_activity`, or `prepared`.
         age_s: seconds since it began, or was prepared.
         table: one of the tables, `schema.name`.
+        transaction: its virtual transaction, which no other of this server has. PREPARE TRANSACTION changes it.
     """
 
     pid: int | None
@@ -34,6 +35,7 @@ class ForeignWriter:
     state: str
     age_s: float
     table: str
+    transaction: str
 
     def __str__(self) -> str:
         if self.gid is not None:
@@ -61,6 +63,20 @@ async def foreign_writers(conn: AsyncConnection[Any], shapes: Sequence[TableShap
     return tuple(ForeignWriter(*row) for row in await found.fetchall())
 
 
+def lasting(first: Sequence[ForeignWriter], now: Sequence[ForeignWriter]) -> tuple[ForeignWriter, ...]:
+    """Those of `now` that may have written before the guard stood: foreign traffic that goes on is not waited for.
+
+    Who has come since the first look has found the guard active. A prepared one counts always: it may have been one of
+    the first under another name.
+
+    Args:
+        first: what the first look found after `activate_guard` had returned.
+        now: what a later look found.
+    """
+    known = {writer.transaction for writer in first}
+    return tuple(writer for writer in now if writer.gid is not None or writer.transaction in known)
+
+
 # A prepared transaction's locks have no pid; it is found by the lock on its own number.
 _WRITERS: Final = r"""
     WITH tables AS (
@@ -81,7 +97,7 @@ _WRITERS: Final = r"""
     SELECT w.pid, p.gid, coalesce(a.usename::text, p.owner::text, ''), coalesce(a.application_name, ''),
            CASE WHEN p.gid IS NULL THEN coalesce(a.state, 'unknown') ELSE 'prepared' END,
            coalesce(extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared)), 0)::float8,
-           n.nspname || '.' || c.relname
+           n.nspname || '.' || c.relname, w.virtualtransaction
       FROM writers w
       JOIN pg_class c ON c.oid = w.relation
       JOIN pg_namespace n ON n.oid = c.relnamespace
