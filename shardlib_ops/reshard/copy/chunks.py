@@ -160,10 +160,14 @@ def points_of(ranges: Sequence[TokenRange]) -> list[int]:
 def bucket_table(points: Sequence[int]) -> bytes:
     """For each value of a token's top bits: whether its tokens stay, move, or some of them do."""
     table = bytearray(_BUCKETS)
-    for bucket in range(_BUCKETS):
-        before = bisect_right(points, bucket << BUCKET_BITS)
-        within = bisect_right(points, ((bucket + 1) << BUCKET_BITS) - 1)
-        table[bucket] = MIXED if before != within else MOVES if before & 1 else STAYS
+    inside = (1 << BUCKET_BITS) - 1
+    for first, stop in zip(points[::2], points[1::2], strict=True):
+        begin, end = (first + inside) >> BUCKET_BITS, stop >> BUCKET_BITS
+        if begin < end:
+            table[begin:end] = bytes((MOVES,)) * (end - begin)
+        for point in (first, stop):
+            if point & inside:
+                table[point >> BUCKET_BITS] = MIXED
     return bytes(table)
 
 

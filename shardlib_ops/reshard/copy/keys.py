@@ -125,10 +125,13 @@ def _distinct(shapes: Sequence[TableShape], parts: int) -> sql.Composed:
         )
         for shape in shapes
     )
+    # In the order of an index of texts, so that the key tables' indexes grow at one end.
     columns = sql.SQL(", ").join(names)
     if parts > 1:
         columns += sql.SQL(", ARRAY[{}]").format(sql.SQL(", ").join(names[1:]))
-    return sql.SQL("COPY (SELECT {} FROM (SELECT DISTINCT * FROM ({}) AS a) AS d) TO STDOUT").format(columns, each)
+    return sql.SQL("COPY (SELECT {} FROM (SELECT DISTINCT * FROM ({}) AS a) AS d ORDER BY {}) TO STDOUT").format(
+        columns, each, sql.SQL(", ").join(names)
+    )
 
 
 def key_texts(shape: TableShape) -> list[sql.Composable]:
