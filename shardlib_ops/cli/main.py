@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from shardlib_ops.cli import cluster, demo, local, render
+from shardlib_ops.cli import cluster, demo, local, render, reshard, resharder, shard
 
 __all__ = ["app", "main"]
 
@@ -24,6 +24,9 @@ app = typer.Typer(
 )
 app.add_typer(local.app, name="local")
 app.add_typer(cluster.app, name="cluster")
+app.add_typer(shard.app, name="shard")
+app.add_typer(reshard.app, name="reshard")
+app.add_typer(resharder.app, name="resharder")
 app.command()(demo.demo)
 
 
