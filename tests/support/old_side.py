@@ -97,4 +97,9 @@ async def old_side(
         await control.claim(conn, side.runner)
         await control.create_keys(conn, side.runner)
         await control.start_position(conn, side.runner, 1, "reverse", "0/1")
-        yield side
+        try:
+            yield side
+        finally:
+            # One that a failed test left would hold up the next.
+            for (gid,) in await side.fetch("SELECT gid FROM pg_prepared_xacts"):
+                await look.execute(sql.SQL("ROLLBACK PREPARED {}").format(gid))

@@ -18,9 +18,19 @@ _NAMED_MAX: Final = 5
 
 
 async def horizon(conn: AsyncConnection[Any]) -> int:
-    """The number of the next transaction of a primary: every snapshot taken before now is older than it."""
-    row = await (await conn.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint")).fetchone()
-    assert row is not None  # noqa: S101 - a SELECT without FROM
+    """A number of a transaction: every snapshot taken before now is older, also on replicas, and new ones are not.
+
+    While a transaction that began before now goes on writing, or is prepared, snapshots taken later count as old, too.
+
+    Args:
+        conn: autocommit connection to a primary.
+    """
+    # A transaction that has written nothing would not be known to replicas.
+    found = await conn.execute(
+        "SELECT pg_current_xact_id()::text::bigint + 1 FROM pg_logical_emit_message(true, 'shardlib_horizon', '')"
+    )
+    row = await found.fetchone()
+    assert row is not None  # noqa: S101 - one row by its form
     return int(row[0])
 
 
