@@ -34,6 +34,7 @@ __all__ = ["Reader", "find_psql", "open_reader"]
 _log = logging.getLogger("shardlib.reshard.copy")
 
 _BLOCK: Final = 1 << 18
+_TOGETHER: Final = 1 << 17
 _OPEN_S: Final = 15.0
 _CLOSE_S: Final = 10.0
 _SQLSTATE: Final = re.compile(r"(?:ERROR|FATAL|PANIC):\s+([0-9A-Z]{5}):")
@@ -204,20 +205,21 @@ class _PsqlReader:
             await stdin.drain()
         except OSError:
             raise await self._failure() from None
-        held = b""
+        held = bytearray()
         while True:
             block = await stdout.read(_BLOCK)
             if not block:
                 raise await self._failure()
-            block = held + block
-            if block.endswith(end):
-                if len(block) > len(end):
-                    yield block[: -len(end)]
+            held += block
+            if held.endswith(end):
+                if len(held) > len(end):
+                    yield bytes(held[: -len(end)])
                 return
-            # The word may have been cut by the pipe: what could be its beginning is given later.
-            held = block[-len(end) :]
-            if len(block) > len(held):
-                yield block[: -len(held)]
+            # The word may have been cut by the pipe: what could be its beginning is given later. And what comes in
+            # small pieces is put together, since each block costs its receivers the same.
+            if len(held) >= _TOGETHER:
+                yield bytes(held[: -len(end)])
+                del held[: -len(end)]
 
     async def _failure(self) -> psycopg.Error:
         """Why it ended, as the error that psycopg would raise."""

@@ -26,7 +26,7 @@ from shardlib_ops.reshard.together import together
 
 __all__ = ["CHUNK_BYTES", "Copied", "copy_tables"]
 
-CHUNK_BYTES: Final = 32 << 20
+CHUNK_BYTES: Final = 16 << 20
 """How much of a table, as it is stored at the source, goes in one transaction."""
 
 _LOCK_S: Final = 30
