@@ -31,10 +31,12 @@ def _display() -> Iterator[Callable[[Job, Wish], None]]:
     """What shows a job's state, each time it is called."""
     console = render.console()
     if console.is_terminal:
+        from rich.console import Console
         from rich.live import Live
         from rich.text import Text
 
-        with Live(console=console, refresh_per_second=4) as live:
+        # A console that wraps: a line that is drawn anew must not be longer than the terminal is wide.
+        with Live(console=Console(highlight=False), refresh_per_second=4, transient=True) as live:
             yield lambda job, wish: live.update(Text(jobs.line(job, wish)))
         return
     last = ""
