@@ -237,9 +237,10 @@ async def test_a_key_outside_the_ranges_stops_it_before_anything_is_deleted(make
         # The key belongs to another leg of the same shard.
         everything = [TokenRange(0, (1 << 64) - 1)]
         assert await purge(side.link, side.shapes, ranges=everything) == 31
-        for name in ("rows_per_s", "blocks"):
-            with pytest.raises(InvalidArgument, match=name):
-                await purge(side.link, side.shapes, **{name: 0})
+        with pytest.raises(InvalidArgument, match="rows_per_s=0"):
+            await purge(side.link, side.shapes, rows_per_s=0)
+        with pytest.raises(InvalidArgument, match="blocks=0"):
+            await purge(side.link, side.shapes, blocks=0)
 
 
 async def test_a_locked_row_is_waited_for_and_then_its_holder_named(make: Make) -> None:

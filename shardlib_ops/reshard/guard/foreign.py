@@ -49,7 +49,9 @@ class ForeignWriter:
         )
 
 
-async def foreign_writers(conn: AsyncConnection[Any], shapes: Sequence[TableShape]) -> tuple[ForeignWriter, ...]:
+async def foreign_writers(
+    conn: AsyncConnection[Any], shapes: Sequence[TableShape], *, gated: bool = False
+) -> tuple[ForeignWriter, ...]:
     """The transactions that hold a writer's lock on a sharded table and no gate, oldest first, prepared ones included.
 
     Left out are those of resharding jobs (by name and role), vacuum, and whoever still waits for the lock: when it is
@@ -58,8 +60,11 @@ async def foreign_writers(conn: AsyncConnection[Any], shapes: Sequence[TableShap
     Args:
         conn: a connection to the shard's primary; to see others' transactions whole its role needs `pg_read_all_stats`.
         shapes: the sharded tables, as they are in this database.
+        gated: also who holds a gate. Closing the moving ranges' gate has waited for those who came through it; others
+            came for rows that stay, but a trigger or a cascade of theirs may have reached further, and if they had
+            written the table before the guard stood, their next UPDATE or DELETE may not have met it.
     """
-    found = await conn.execute(_WRITERS, {"tables": [shape.oid for shape in shapes]})
+    found = await conn.execute(_WRITERS, {"tables": [shape.oid for shape in shapes], "gated": gated})
     return tuple(ForeignWriter(*row) for row in await found.fetchall())
 
 
@@ -105,11 +110,11 @@ _WRITERS: Final = r"""
       LEFT JOIN locks x ON w.pid IS NULL AND x.pid IS NULL AND x.locktype = 'transactionid'
             AND x.virtualtransaction = w.virtualtransaction
       LEFT JOIN pg_prepared_xacts p ON p.transaction = x.transactionid
-     WHERE NOT EXISTS (
+     WHERE (%(gated)s OR NOT EXISTS (
                SELECT FROM locks g JOIN pg_class h ON h.oid = g.relation
                 WHERE g.locktype = 'relation' AND g.virtualtransaction = w.virtualtransaction
                   AND g.pid IS NOT DISTINCT FROM w.pid
-                  AND h.relnamespace = 'shardlib'::regnamespace AND h.relname ~ '^gate_[0-9]+$')
+                  AND h.relnamespace = 'shardlib'::regnamespace AND h.relname ~ '^gate_[0-9]+$'))
        AND coalesce(a.backend_type, '') <> 'autovacuum worker'
        AND NOT coalesce(a.application_name ~ '^shardlib job [0-9]+ [0-9]+ ' AND a.usename = current_user, false)
      ORDER BY 6 DESC, 1

@@ -95,8 +95,9 @@ async def activate_guard(
 ) -> None:
     """From when this returns, every transaction that begins to write a table finds the guard active. Idempotent.
 
-    It takes no lock on a table. A transaction that has written the table before may go on with what it knows: wait
-    until `foreign_writers` finds none.
+    It takes no lock on a table. A transaction that has written the table before may go on with what it knows (an UPDATE
+    or DELETE under locks that it holds already does not look for news): wait for those that `foreign_writers` finds, as
+    `lasting` tells them from newcomers.
 
     Args:
         conn: autocommit connection to the shard's primary.
