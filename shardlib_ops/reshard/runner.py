@@ -19,7 +19,7 @@ from shardlib_ops.reshard.cutover import Cutover, Limits, Outcome, ready, reopen
 from shardlib_ops.reshard.gates import change, sweep
 from shardlib_ops.reshard.job import Job, Status, Wish
 from shardlib_ops.reshard.together import together
-from shardlib_ops.reshard.world import Blocked, Failure, Flow, Lost, World
+from shardlib_ops.reshard.world import Blocked, Failure, Flow, Lost, Superseded, World
 
 __all__ = ["JobRunner"]
 
@@ -107,13 +107,21 @@ class JobRunner:
             if self.job.status in (Status.VALIDATION, Status.CLEANUP):
                 await self._note(reason)
                 await self.world.sleep(_BACK_OFF_S[-1])
-            elif self._state(await self.world.topology()) is MoveState.SWITCHED:
+                return
+            state = self._state(await self.world.topology())
+            if state is MoveState.SWITCHED:
                 await self._note(reason)
             else:
-                await self._to(Status.CLEANUP, outcome=Status.FAILED, error=reason)
-        except Lost as error:
+                await self._undo(Status.FAILED, reason, announced=state is not None)
+        except (Lost, Blocked) as error:
             await self._note(f"{reason}; and {error}")
             await self.world.sleep(_BACK_OFF_S[-1])
+
+    async def _undo(self, outcome: Status, reason: str | None, *, announced: bool) -> None:
+        """Go back, when it is certain that no swap of an earlier attempt can still switch the ranges."""
+        if announced:
+            await reopen(self.world, self.job, self.job.sources, self.world.nonce)
+        await self._to(Status.CLEANUP, outcome=outcome, error=reason)
 
     def _state(self, topology: Topology) -> MoveState | None:
         """Where the rows are, by the one record that counts."""
@@ -133,13 +141,15 @@ class JobRunner:
             await self._clean_up()
             return True
         if state is MoveState.SWITCHED:
+            if self.job.status not in (Status.CUTOVER, Status.VALIDATION):
+                raise Superseded(f"job {self.job.id} is switched, and was not that far when this runner read it")
             if self.job.status is not Status.VALIDATION:
                 await self._to(Status.VALIDATION, switched_at=self.world.stamp(), error=None)
             return await self._validate()
         if self.job.status is Status.VALIDATION:
             await self._to(Status.CLEANUP, outcome=Status.ROLLED_BACK, error=None)
         elif await self.world.wish() is Wish.CANCEL:
-            await self._to(Status.CLEANUP, outcome=Status.CANCELLED, error=None)
+            await self._undo(Status.CANCELLED, None, announced=state is not None)
         else:
             if self.job.status is Status.PENDING:
                 await self._prepare(announced=state is not None)
@@ -153,11 +163,22 @@ class JobRunner:
         await together(self.world.side(shard_id).prepare() for shard_id in self.job.shards)
         await self._step("sides_prepared")
         if not announced:
-            await change(self.world, lambda found: announce(found, self.job.moves, nonce=self.world.nonce()))
+            await change(self.world, self._announced)
         await self._step("announced")
         # From here on every transaction knows of the moves, or is refused.
         await sweep(self.world, self.job.shards, budget_s=_SWEEP_S)
         await self._to(Status.PRECOPY, error=None)
+
+    def _announced(self, found: Topology) -> Topology:
+        if self._state(found) is not None:
+            # A swap whose answer was lost has arrived after all, or another runner was faster.
+            raise Blocked("the job's moves were announced meanwhile")
+        return announce(found, self.job.moves, nonce=self.world.nonce())
+
+    def _finished(self, found: Topology) -> Topology:
+        if self._state(found) is None:
+            raise Blocked("the job's moves were taken away meanwhile")
+        return finish(found, self.job.id, nonce=self.world.nonce())
 
     async def _pause(self) -> None:
         """Awaited between two pieces of long work: obeys the operator."""
@@ -306,7 +327,7 @@ class JobRunner:
             for shard_id, leg in old.items():
                 await self.world.purge(leg, shard_id, self._breathe)
                 await self._step("shard_purged")
-            await change(self.world, lambda found: finish(found, self.job.id, nonce=self.world.nonce()))
+            await change(self.world, self._finished)
             await self._step("finished")
         await self._drop_slots()
         # Nobody's scans may look at the key tables any more when they are dropped.

@@ -187,8 +187,15 @@ class Cutover:
     async def _take_back(self) -> None:
         """The ranges are open again on the side that has served them."""
         # Cancelled or not: writers wait for this.
-        opening = reopen(self.world, self.job, self.serving, self.nonce, certain=True)
-        await asyncio.shield(asyncio.ensure_future(opening))
+        opening = asyncio.ensure_future(reopen(self.world, self.job, self.serving, self.nonce, certain=True))
+        try:
+            await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            # Left to itself it could lower the guard of the next attempt.
+            await asyncio.wait([opening])
+            if not opening.cancelled():
+                opening.exception()  # looked at; whoever looks at the topology next opens what is closed
+            raise
         await self.step("given_way")
 
 
@@ -210,12 +217,13 @@ async def reopen(
 
     Raises:
         Lost: a server or the catalog does not answer; to be tried again.
-        Blocked: the job's moves changed meanwhile; to be looked at again.
+        Blocked: other shards serve the ranges, or the job's moves changed meanwhile; to be looked at again.
     """
     topology = await world.topology()
     moves = moves_of(topology, job.id)
     if any((move.source if move.state is MoveState.COPYING else move.target) not in serving for move in moves):
-        return  # it has happened after all
+        # Nothing that was meant for the side that has served them may follow, least of all deleting on the other.
+        raise Blocked("an attempt whose outcome was unknown has moved the ranges after all")
 
     def unmoved(found: Topology) -> Topology:
         if moves_of(found, job.id) != moves:
