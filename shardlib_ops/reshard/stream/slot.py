@@ -120,9 +120,9 @@ async def create_slot(link: Link, *, timeout_s: float) -> str:
                 "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s", (link.slot,)
             )
             row = await found.fetchone()
-            if row is not None and row[0] is not None:
+            if row is not None and row[0] is not None and state.lost is None:
                 return str(row[0])
-            await drop_slot(conn, link.slot)  # it never became consistent
+            await drop_slot(conn, link.slot)  # it never became consistent, or cannot be read any more
         await conn.execute(f"SET statement_timeout = {max(1, round(timeout_s * 1000))}")
         try:
             made = await conn.execute(
