@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from psycopg import AsyncConnection, sql
+from psycopg import errors as pg
 
 from shardlib.key.sql import key_text
 from shardlib_ops.reshard.connect import Runner
@@ -17,14 +18,16 @@ from shardlib_ops.reshard.copy.reader import Reader, find_psql, open_reader
 from shardlib_ops.reshard.copy.snapshot import ExportedSnapshot
 from shardlib_ops.reshard.link import Link
 from shardlib_ops.reshard.rows import TableShape
+from shardlib_ops.reshard.world import Blocked
 
-__all__ = ["Key", "collect_keys", "key_texts", "leg_keys", "take_snapshot"]
+__all__ = ["Key", "collect_keys", "key_texts", "leg_keys", "locks_awaited", "share", "take_snapshot"]
 
 Key = tuple[str, tuple[str, ...]]
 """Text of the first part of a shard key, and those of the others."""
 
 _WORK_MEM: Final = "128MB"
 _FETCH: Final = 20_000
+LOCK_MS: Final = 30_000
 _SHARED: Final = 2
 _TELL_EVERY: Final = 100_000
 _NEW: Final = "shardlib_new_keys"
@@ -55,6 +58,7 @@ async def collect_keys(
         How many distinct keys of the leg's ranges there are in the snapshot.
 
     Raises:
+        Blocked: somebody has locked a table for long.
         ShardUnavailable: a server did not answer.
         psycopg.Error: of the server; SQLSTATE SL001 if a later runner holds the job.
     """
@@ -66,7 +70,8 @@ async def collect_keys(
         same = [shape for shape in shapes if len(shape.table.key) == count]
         if same:
             program = (psql or find_psql()) if use_psql else None
-            found = await _collect(link, same, count, snapshot, program, found, on_progress)
+            with locks_awaited(link):
+                found = await _collect(link, same, count, snapshot, program, found, on_progress)
     return found
 
 
@@ -177,6 +182,28 @@ async def take_snapshot(reader: Reader, snapshot: ExportedSnapshot) -> None:
     await reader.run(sql.SQL("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"))
     await reader.run(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(snapshot.name))
     await reader.run(sql.SQL("SET LOCAL work_mem = {}").format(_WORK_MEM))
+    await reader.run(sql.SQL("SET LOCAL lock_timeout = {}").format(LOCK_MS))
+
+
+def share(shapes: Sequence[TableShape]) -> sql.Composed:
+    """A statement that keeps others from rewriting or truncating tables until the end of the transaction."""
+    return sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(sql.SQL(", ").join(shape.name for shape in shapes))
+
+
+@contextmanager
+def locks_awaited(link: Link) -> Iterator[None]:
+    """A lock that was not to be had in time is somebody's who is in the way for now.
+
+    Raises:
+        Blocked: in its stead.
+    """
+    try:
+        yield
+    except pg.LockNotAvailable as error:
+        raise Blocked(
+            f"a table of shard {link.origin.name!r} or {link.sink.name!r} was locked by somebody else for more than "
+            f"{LOCK_MS / 1000:g} s; wait until their statement has ended"
+        ) from error
 
 
 async def leg_keys(conn: AsyncConnection[Any], link: Link, *, limit: int | None = None) -> list[Key] | None:

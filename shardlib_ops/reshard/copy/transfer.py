@@ -15,7 +15,7 @@ from psycopg import AsyncConnection, sql
 
 from shardlib.errors import InvalidArgument
 from shardlib_ops.reshard.copy.chunks import Chunk, chunks_of
-from shardlib_ops.reshard.copy.keys import Key, leg_keys, take_snapshot
+from shardlib_ops.reshard.copy.keys import LOCK_MS, Key, leg_keys, locks_awaited, share, take_snapshot
 from shardlib_ops.reshard.copy.plan import KEYS_MAX, Part, Way, copied_tables, key_list, measure, way_of
 from shardlib_ops.reshard.copy.reader import Reader, find_psql, open_reader
 from shardlib_ops.reshard.copy.snapshot import ExportedSnapshot
@@ -28,8 +28,6 @@ __all__ = ["CHUNK_BYTES", "Copied", "copy_tables"]
 
 CHUNK_BYTES: Final = 16 << 20
 """How much of a table, as it is stored at the source, goes in one transaction."""
-
-_LOCK_S: Final = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +124,7 @@ async def copy_tables(
     Raises:
         InvalidArgument: a number is not positive.
         InvalidTopology: a table of the sink lacks a column.
+        Blocked: somebody has locked a table for long.
         ShardUnavailable: a server did not answer.
         psycopg.Error: of a server; SQLSTATE SL001 if a later runner holds the job.
     """
@@ -133,7 +132,8 @@ async def copy_tables(
         if value is not None and value <= 0:
             raise InvalidArgument(name, value, "more than 0")
     async with AsyncExitStack() as stack:
-        here, there = await link.open_origin("copy plan"), None
+        stack.enter_context(locks_awaited(link))
+        here = await link.open_origin("copy plan")
         stack.push_async_callback(here.close)
         there = await link.open_sink("copy plan")
         stack.push_async_callback(there.close)
@@ -150,9 +150,9 @@ async def copy_tables(
         # Nobody may rewrite or truncate a table while places in it are numbers of blocks.
         await here.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         await here.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(snapshot.name))
-        await here.execute(f"SET LOCAL lock_timeout = '{_LOCK_S}s'".encode())
-        names = sql.SQL(", ").join(origin.name for origin, _ in pairs)
-        await here.execute(sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(names))
+        await here.execute(f"SET LOCAL lock_timeout = {LOCK_MS}".encode())
+        lock = share([origin for origin, _ in pairs])
+        await here.execute(lock)
         work: deque[_Work] = deque()
         tables: list[_Table] = []
         for origin, sink in pairs:
@@ -166,7 +166,7 @@ async def copy_tables(
             table = _Table(way, len(cut))
             tables.append(table)
             work.extend(_Work(table, part, chunk) for part, chunk in cut)
-        job = _Job(link, snapshot, keys, work, throttle, _Pace(bytes_per_s), on_progress)
+        job = _Job(link, snapshot, lock, keys, work, throttle, _Pace(bytes_per_s), on_progress)
         for table in tables:
             if not table.chunks_total:
                 await job.whole(there, table)
@@ -184,6 +184,7 @@ class _Job:
 
     link: Link
     snapshot: ExportedSnapshot
+    lock: sql.Composed
     keys: list[Key] | None
     work: deque[_Work]
     throttle: Callable[[], Awaitable[None]] | None
@@ -200,6 +201,8 @@ class _Job:
             reader = await open_reader(self.link, "copy", psql=psql)
             stack.push_async_callback(reader.close)
             await take_snapshot(reader, self.snapshot)
+            # At once: later it could stand in a queue behind somebody who waits for the lock of the plan above.
+            await reader.run(self.lock)
             # A chunk is read by its place: a parallel plan would read the whole table for each.
             for setting in ("max_parallel_workers_per_gather = 0", "enable_seqscan = off"):
                 await reader.run(sql.SQL("SET LOCAL {}").format(sql.SQL(setting)))
