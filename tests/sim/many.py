@@ -1,0 +1,23 @@
+"""A batch of schedules, in a module that the processes of a pool can import."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tests.sim.schedule import run
+
+__all__ = ["AT_ONCE", "batch"]
+
+AT_ONCE = 50
+
+
+def batch(first: int) -> tuple[Counter[str], Counter[str], list[tuple[int, list[str]]]]:
+    """Some schedules one after the other: how they ended, what happened, which seeds failed."""
+    ends, facts, bad = Counter[str](), Counter[str](), list[tuple[int, list[str]]]()
+    for seed in range(first, first + AT_ONCE):
+        result = run(seed)
+        ends[result.status.value] += 1
+        facts.update(result.facts)
+        if result.violations:
+            bad.append((seed, result.violations))
+    return ends, facts, bad
