@@ -472,6 +472,39 @@ async def test_a_slot_that_waits_names_whom_it_waits_for(make: Make, servers: Lo
     await pair.a.execute("SELECT pg_drop_replication_slot(%s)", (name,))
 
 
+async def test_who_locks_a_table_is_waited_for_and_then_told(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = await make("CREATE TABLE locked (k text PRIMARY KEY)", ("locked", ("k",)))
+    await pair.a.execute("INSERT INTO locked SELECT 'k' || i FROM generate_series(1, 100) i")
+    for module in ("keys", "transfer"):
+        monkeypatch.setattr(f"shardlib_ops.reshard.copy.{module}.LOCK_MS", 200)
+    async with await pair.snapshot() as snapshot:
+        async with pair.a.transaction():
+            await pair.a.execute("LOCK TABLE locked IN ACCESS EXCLUSIVE MODE")
+            for use_psql in (True, False):
+                with pytest.raises(Blocked, match="locked by somebody else"):
+                    await collect_keys(pair.link, pair.origin, snapshot, use_psql=use_psql)
+            with pytest.raises(Blocked, match="locked by somebody else"):
+                await copy_tables(pair.link, pair.origin, pair.sink, snapshot)
+        await collect_keys(pair.link, pair.origin, snapshot)
+        rows = await copy_tables(pair.link, pair.origin, pair.sink, snapshot)
+    assert rows == await pair.assert_exact() > 20
+
+
+async def test_nobody_rewrites_a_table_while_it_is_copied(make: Make) -> None:
+    pair = await _several(make, "held")
+    tried = 0
+
+    async def rewrite() -> None:
+        nonlocal tried
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            await pair.a.execute("SET lock_timeout = 50; TRUNCATE held_parts, held_one, held_two")
+        tried += 1
+
+    await pair.copy(workers=1, chunk_bytes=65536, throttle=rewrite)
+    assert tried > 3
+    await pair.assert_exact()
+
+
 async def test_a_password_is_not_among_the_arguments_of_programs(make: Make) -> None:
     pair = await _several(make, "secret")
     for conn in (pair.a, pair.b):
