@@ -50,7 +50,8 @@ def _options(
 def main() -> None:
     """Run a command.
 
-    Exit codes: 0 done, 1 an error of shardlib, 2 wrong usage, 3 what was asked about does not run.
+    Exit codes: 0 done, 1 an error of shardlib or a job that failed, 2 wrong usage, 3 what was asked about does not run,
+    130 ended by a signal.
     """
     try:
         app()
