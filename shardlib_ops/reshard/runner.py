@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+from shardlib.errors import InvalidTopology
 from shardlib.topology import Topology
 from shardlib.topology.model import MoveState
 from shardlib.topology.moving import announce, finish, moves_of
@@ -173,7 +174,10 @@ class JobRunner:
         if self._state(found) is not None:
             # A swap whose answer was lost has arrived after all, or another runner was faster.
             raise Blocked("the job's moves were announced meanwhile")
-        return announce(found, self.job.moves, nonce=self.world.nonce())
+        try:
+            return announce(found, self.job.moves, nonce=self.world.nonce())
+        except InvalidTopology as error:
+            raise Failure(str(error)) from error
 
     def _finished(self, found: Topology) -> Topology:
         if self._state(found) is None:
