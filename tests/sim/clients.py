@@ -169,6 +169,8 @@ class Client:
             shard.end_flight(flight)
             self._wrote(key, uid, None, began, "failed")
             return
+        # A person's transaction is open for longer than a program's.
+        await asyncio.sleep(sim.rng.uniform(0, 0.2))
         await self._think()
         await shard.commit(flight)
         self._wrote(key, uid, None, began, "ok")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from random import Random
 from typing import Any
@@ -26,7 +26,7 @@ from tests.sim.shard import FakeShard, Transaction
 from tests.sim.world import FakeWorld, Lease
 from tests.support.history import Held, check
 
-__all__ = ["SCENARIOS", "Faults", "Result", "Simulation", "run"]
+__all__ = ["SCENARIOS", "STEPS", "Faults", "Result", "Simulation", "Strike", "run"]
 
 SCENARIOS = ("split", "split_two", "merge")
 _OLD_KEYS, _ALL_KEYS = 12, 18
@@ -62,6 +62,10 @@ def _start(scenario: str) -> tuple[Topology, tuple[Leg, ...]]:
     return topology, legs_of([("s1", "s3", _parts(ring.ranges_of("s1"), 2)[1])])
 
 
+Strike = str | float | Callable[["Simulation", Process], None]
+"""What happens at a moment: `kill`, seconds of a pause, or whatever a test wants."""
+
+
 @dataclass
 class Faults:
     """What goes wrong in a run, and what the operator does.
@@ -70,7 +74,7 @@ class Faults:
         lost: part of the calls that lose their question or answer.
         slow: part of the ways that take long.
         frozen: part of the clients' pauses that take seconds.
-        at_tick: tick of the runners' awaits -> `kill`, or seconds of a pause.
+        at_tick: tick of the runners' awaits -> what happens then.
         at_step: (name of a step, its n-th time) -> the same.
         wishes: (seconds, wish).
         away: (from, seconds) when the catalog does not answer.
@@ -83,8 +87,8 @@ class Faults:
     lost: float = 0.0
     slow: float = 0.0
     frozen: float = 0.0
-    at_tick: dict[int, str | float] = field(default_factory=dict)
-    at_step: dict[tuple[str, int], str | float] = field(default_factory=dict)
+    at_tick: dict[int, Strike] = field(default_factory=dict)
+    at_step: dict[tuple[str, int], Strike] = field(default_factory=dict)
     wishes: list[tuple[float, Wish]] = field(default_factory=list)
     away: list[tuple[float, float]] = field(default_factory=list)
     slots: list[float] = field(default_factory=list)
@@ -100,12 +104,12 @@ class Faults:
         def some(part: float) -> bool:
             return rng.random() < part
 
-        ticks: dict[int, str | float] = {}
+        ticks: dict[int, Strike] = {}
         for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
             ticks[int(10 ** rng.uniform(0.3, 3.1))] = "kill" if some(0.6) else rng.uniform(0.2, 16.0)
-        steps: dict[tuple[str, int], str | float] = {}
+        steps: dict[tuple[str, int], Strike] = {}
         for _ in range(rng.choice((0, 0, 0, 1, 1, 2))):
-            steps[rng.choice(_STEPS), rng.choice((1, 1, 1, 2))] = "kill" if some(0.6) else rng.uniform(0.2, 16.0)
+            steps[rng.choice(STEPS), rng.choice((1, 1, 1, 2))] = "kill" if some(0.6) else rng.uniform(0.2, 16.0)
         kinds = (Wish.PAUSE, Wish.CANCEL, Wish.ROLLBACK, Wish.COMPLETE, Wish.RUN)
         return cls(
             lost=rng.choice((0.0, 0.0, 0.005, 0.03)),
@@ -122,7 +126,7 @@ class Faults:
         )
 
 
-_STEPS = (
+STEPS = (
     "claimed",
     "schema_copied",
     "sides_prepared",
@@ -275,8 +279,11 @@ class Simulation:
         if (what := self.faults.at_tick.get(self.ticks)) is not None:
             self._strike(process, what)
 
-    def _strike(self, process: Process, what: str | float) -> None:
+    def _strike(self, process: Process, what: Strike) -> None:
         if process.dead or process.paused:
+            return
+        if callable(what):
+            what(self, process)
             return
         if isinstance(what, str):
             self.facts["kills"] += 1
@@ -544,7 +551,8 @@ class Simulation:
         self.violations += check(self.history.writes, self.history.reads, held, known)
 
 
-def run(seed: int, **types: Any) -> Result:
-    """The run of a seed: scenario, faults and everything else come from it."""
+def run(seed: int, *, slow: float | None = None, **types: Any) -> Result:
+    """The run of a seed: scenario, faults and everything else come from it. `slow`: see `Faults`, in its place."""
     rng = Random(f"schedule {seed}")
-    return Simulation(seed, rng.choice(SCENARIOS), Faults.random(rng), **types).run()
+    scenario, faults = rng.choice(SCENARIOS), Faults.random(rng)
+    return Simulation(seed, scenario, faults if slow is None else replace(faults, slow=slow), **types).run()
