@@ -76,8 +76,8 @@ class JobRunner:
                 continue
             except Failure as failure:
                 await self._fail(str(failure))
-            except (Lost, Blocked) as error:
-                await self._note(str(error))
+            except (Lost, Blocked, TimeoutError) as error:
+                await self._note(str(error) or "a step took too long")
                 pause_s = _BACK_OFF_S[min(failures, len(_BACK_OFF_S) - 1)]
                 failures += 1
                 await self.world.sleep(pause_s * (0.5 + self.world.jitter()))

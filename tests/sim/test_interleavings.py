@@ -208,3 +208,18 @@ def test_cancelling_at_each_step_of_the_cutover(step: str) -> None:
 
     status = run("split_two", at_step=at(step, cancel), heal_s=30.0).status
     assert status is (Status.COMPLETED if step == "switched" else Status.CANCELLED)
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("step", ["claimed", "announced", "status_precopy", "status_deltasync", "reverse_slots"])
+def test_a_transaction_of_minutes_only_delays_the_job(step: str, foreign: bool) -> None:
+    """It keeps slots and snapshots from being made, and gates from closing, for longer than any of them waits."""
+
+    def linger(sim: Simulation, _: Process) -> None:
+        client = Client(sim, "lingering", watches=False)
+        key = next(iter(sim.leg_of))
+        client._think = lambda: asyncio.sleep(130.0)  # type: ignore[method-assign]
+        act = client.write_without_gate(key) if foreign else client.write([key], values=lambda _: None)
+        sim.loop.create_task(act)
+
+    assert run(at_step=at(step, linger), heal_s=200.0).status is Status.COMPLETED
