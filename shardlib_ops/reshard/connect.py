@@ -75,8 +75,12 @@ async def connect(
         connection = await AsyncConnection.connect(_conninfo(dsn, application, timeout_s, more), autocommit=True)
     except psycopg.Error as error:
         raise ShardUnavailable(shard, scrub(str(error).strip(), dsn.reveal())) from None
-    if not replication and connection.info.server_version >= _TRANSACTION_TIMEOUT_SINCE:
-        await connection.execute("SET transaction_timeout = 0")
+    try:
+        if not replication and connection.info.server_version >= _TRANSACTION_TIMEOUT_SINCE:
+            await connection.execute("SET transaction_timeout = 0")
+    except BaseException:
+        await connection.close()
+        raise
     return connection
 
 

@@ -247,7 +247,12 @@ class Servers:
         kept = self._kept.get(leg.number)
         if kept is None or any(conn.closed or conn.broken for conn in kept):
             link = self.link(leg)
-            kept = self._kept[leg.number] = (await link.open_origin("compare"), await link.open_sink("compare"))
+            origin = await link.open_origin("compare")
+            try:
+                kept = self._kept[leg.number] = (origin, await link.open_sink("compare"))
+            except BaseException:
+                await origin.close()
+                raise
         return kept
 
     @translated

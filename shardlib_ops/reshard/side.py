@@ -18,7 +18,14 @@ from shardlib.topology import Shard, Table
 from shardlib_ops.reshard.cleanup import retire
 from shardlib_ops.reshard.connect import Runner, connect, connect_blocking, is_lost, is_superseded
 from shardlib_ops.reshard.control import claim, claimed, create_keys, keys_table, publication, slot
-from shardlib_ops.reshard.guard import activate_guard, deactivate_guard, foreign_writers, install_guard
+from shardlib_ops.reshard.guard import (
+    ForeignWriter,
+    activate_guard,
+    deactivate_guard,
+    foreign_writers,
+    install_guard,
+    lasting,
+)
 from shardlib_ops.reshard.job import Job
 from shardlib_ops.reshard.rows import TableShape, read_shapes
 from shardlib_ops.reshard.stream import create_publication
@@ -76,6 +83,7 @@ class ShardSide:
         self._conn: AsyncConnection[Any] | None = None
         self._gate_conn: psycopg.Connection[Any] | None = None
         self._shapes: tuple[TableShape, ...] | None = None
+        self._before_guard: tuple[ForeignWriter, ...] | None = None
         self._turn = asyncio.Lock()
         self._gate_turn = asyncio.Lock()
         self._check = claimed(runner).as_string()
@@ -208,6 +216,7 @@ class ShardSide:
     async def guard(self, *, active: bool) -> None:
         """See `Side.guard`."""
         shapes = await self.shapes()
+        self._before_guard = None
         async with self.using() as conn:
             if active:
                 await activate_guard(conn, self.runner, shapes, hash_function=self.hash_function, ranges=self.ranges)
@@ -219,7 +228,11 @@ class ShardSide:
         """See `Side.foreign_writers`."""
         shapes = await self.shapes()
         async with self.using() as conn:
-            return tuple(map(str, await foreign_writers(conn, shapes)))
+            found = await foreign_writers(conn, shapes)
+        if self._before_guard is None:
+            self._before_guard = found
+        # Who began later has met the guard.
+        return tuple(map(str, lasting(self._before_guard, found)))
 
     @translated
     async def barrier(self, message: str) -> None:

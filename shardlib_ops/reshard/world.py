@@ -117,7 +117,7 @@ class Side(Protocol):
         ...
 
     async def foreign_writers(self) -> tuple[str, ...]:
-        """Transactions in flight that write to sharded tables and hold no gate, described."""
+        """Transactions in flight without a gate that wrote to sharded tables before the guard was raised last."""
         ...
 
     async def barrier(self, message: str) -> None:

@@ -144,8 +144,9 @@ async def _both(
 ) -> AsyncIterator[tuple[str, AsyncConnection[Any], AsyncConnection[Any], AsyncConnection[Any]]]:
     """(LSN, source, target, source again), each in a transaction that reads the state at that LSN."""
     async with AsyncExitStack() as stack:
-        opened = [link.open_origin("compare"), link.open_sink("compare"), link.open_origin("compare keys")]
-        here, there, reader = [await stack.enter_async_context(await connection) for connection in opened]
+        here = await stack.enter_async_context(await link.open_origin("compare"))
+        there = await stack.enter_async_context(await link.open_sink("compare"))
+        reader = await stack.enter_async_context(await link.open_origin("compare keys"))
         # Still before the snapshot is made: the applier must not be past its point.
         async with stream.standstill(timeout_s=_HOLD_S) as still, export() as snapshot:
             await still.at(_lsn(snapshot.lsn), timeout_s=_HOLD_S)
