@@ -246,6 +246,8 @@ class Servers:
         """Connections of a leg for the comparison while its ranges are closed: opened before, kept for the next."""
         kept = self._kept.get(leg.number)
         if kept is None or any(conn.closed or conn.broken for conn in kept):
+            for conn in kept or ():
+                await conn.close()
             link = self.link(leg)
             origin = await link.open_origin("compare")
             try:
