@@ -1,4 +1,7 @@
-"""Many random schedules on all cores: `python -m tests.sim [--schedules 20000] [--first 0]`, or one: `--seed 17`."""
+"""Many random schedules and a crash at each await, on all cores.
+
+`python -m tests.sim --schedules 20000 --first 0`; one of them again, in full: `python -m tests.sim --seed 17`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import sys
 import time
 from collections import Counter
 
-from tests.sim.many import AT_ONCE, batch
+from tests.sim.everywhere import KINDS
+from tests.sim.many import AT_ONCE, batch, crashes
 from tests.sim.schedule import Result, run
 
 SHOWN = 10
@@ -46,6 +50,10 @@ def main() -> int:
                 if len(bad) < SHOWN:
                     print(f"seed {seed}: {'; '.join(violations[:4])[:1000]}", flush=True)
                 bad.append((seed, violations))
+        for kind, (count, wrong) in zip(KINDS, pool.map(crashes, KINDS, chunksize=1), strict=True):
+            print(f"{kind}: a crash at each of {count} awaits, {len(wrong)} failed", flush=True)
+            print("\n".join(wrong[:SHOWN]), end="\n" if wrong else "")
+            bad += [(-1, [what]) for what in wrong]
     print(f"{len(firsts) * AT_ONCE} schedules in {time.monotonic() - began:.0f} s: {dict(ends)}")
     print(f"what happened: {dict(facts)}")
     print(f"{len(bad)} failed" + (f": seeds {sorted(seed for seed, _ in bad)[:50]}" if bad else ""))

@@ -86,8 +86,6 @@ class Client:
             handle = sim.loop.call_later(sim.rng.expovariate(1 / every_s), self.nudge)
             await self._idle
             handle.cancel()
-            if sim.stopping:
-                return
             await asyncio.sleep(sim.rng.uniform(0, 0.006))
             await act()
 

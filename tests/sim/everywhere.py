@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from shardlib_ops.reshard.job import Status, Wish
+from tests.sim.process import Process
 from tests.sim.schedule import Faults, Result, Simulation, Strike
 
 __all__ = ["KINDS", "awaits", "crash"]
@@ -16,14 +17,18 @@ KINDS = {
     "merge": ("merge", Status.COMPLETED),
 }
 _SEED = 20
-_CANCEL_S = 0.35
 
 
 def _run(kind: str, at_tick: dict[int, Strike]) -> Result:
     scenario, _ = KINDS[kind]
     final = Wish.ROLLBACK if kind == "rollback" else Wish.COMPLETE
-    wishes = [(_CANCEL_S, Wish.CANCEL)] if kind == "cancel" else []
-    return Simulation(_SEED, scenario, Faults(at_tick=at_tick, wishes=wishes, heal_s=15.0, final=final)).run()
+    at_step: dict[tuple[str, int], Strike] = {("reverse_slots", 1): _cancel} if kind == "cancel" else {}
+    return Simulation(_SEED, scenario, Faults(at_tick=at_tick, at_step=at_step, heal_s=15.0, final=final)).run()
+
+
+def _cancel(sim: Simulation, process: Process) -> None:
+    sim.catalog.ask(Wish.CANCEL)
+    process.pause(0.3)  # longer than a wish is kept
 
 
 @cache

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+from tests.sim.everywhere import awaits, crash
 from tests.sim.schedule import run
 
-__all__ = ["AT_ONCE", "batch"]
+__all__ = ["AT_ONCE", "batch", "crashes"]
 
 AT_ONCE = 50
 
@@ -21,3 +22,12 @@ def batch(first: int) -> tuple[Counter[str], Counter[str], list[tuple[int, list[
         if result.violations:
             bad.append((seed, result.violations))
     return ends, facts, bad
+
+
+def crashes(kind: str) -> tuple[int, list[str]]:
+    """A crash at each await of a kind of job: how many there are, and what is wrong after which."""
+    count = awaits(kind)
+    bad = [
+        f"{kind}, a crash at await {at}: {'; '.join(found)}" for at in range(1, count + 1) if (found := crash(kind, at))
+    ]
+    return count, bad

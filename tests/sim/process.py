@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from shardlib_ops.reshard.world import Blocked, Failure, Lost, Superseded
 
-__all__ = ["Killed", "Process", "Weather"]
+__all__ = ["Killed", "Process", "Weather", "ring"]
 
 T = TypeVar("T")
 
@@ -110,7 +110,7 @@ class Process:
         """Wait that long."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
-        handle = loop.call_later(seconds, _ring, future)
+        handle = loop.call_later(seconds, ring, future)
         try:
             await self.wait(future)
         finally:
@@ -151,7 +151,8 @@ class Process:
         return result
 
 
-def _ring(future: asyncio.Future[None]) -> None:
+def ring(future: asyncio.Future[None]) -> None:
+    """A timer is over."""
     if not future.done():
         future.set_result(None)
 

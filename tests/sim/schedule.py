@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from random import Random
 from typing import Any
 
@@ -29,7 +29,8 @@ from tests.support.history import Held, check
 __all__ = ["SCENARIOS", "STEPS", "Faults", "Result", "Simulation", "Strike", "run"]
 
 SCENARIOS = ("split", "split_two", "merge")
-_OLD_KEYS, _ALL_KEYS = 12, 18
+_OLD_KEYS, _ALL_KEYS = 12, 48
+_BIRTHS = 0.12
 _TOKENS = {f"k{n}": n * 0x9E3779B97F4A7C15 % (1 << 64) for n in range(1, _ALL_KEYS + 1)}
 _LIVE_S = 600.0
 _BACK_OFF_S = (0.2, 0.5, 1.0, 3.0)
@@ -224,7 +225,7 @@ class Simulation:
         for shard in self.shards.values():
             shard.may_commit = self._look_at_commit
             shard.moving = lambda key: key in self.leg_of
-            shard.reopened = lambda number, one=shard: self._reopened(one, number)  # type: ignore[method-assign]
+            shard.reopened = partial(self._reopened, shard)  # type: ignore[method-assign]
         self.catalog.listeners.append(self._published)
         for key in list(_TOKENS)[:_OLD_KEYS]:
             shard = self.shards[self.catalog.topology.shard_of(_TOKENS[key]).id]
@@ -338,7 +339,7 @@ class Simulation:
                     return await self._drive(process, lease)
                 finally:
                     keeper.cancel()
-                    await process.call(lambda held=token: catalog.release(held), away=catalog.away)
+                    await process.call(partial(catalog.release, token), away=catalog.away)
             except (Lost, Superseded):
                 pause_s = _BACK_OFF_S[min(failures, len(_BACK_OFF_S) - 1)]
                 failures += 1
@@ -382,8 +383,12 @@ class Simulation:
             async def act() -> None:
                 known = list(self.history.born)
                 if kind == "write":
-                    some = rng.sample(mine, 1 if rng.random() < 0.7 else 2)
-                    await client.write(sorted(some), values=value)
+                    # Keys are born all along, also while their range moves.
+                    some = [key for key in mine if key in self.history.born]
+                    some = rng.sample(some, 1 if rng.random() < 0.7 else 2)
+                    if rng.random() < _BIRTHS:
+                        some.append(rng.choice(mine))
+                    await client.write(sorted(set(some)), values=value)
                 elif kind == "count":
                     await client.write([rng.choice(known)], values=lambda key: None)
                 elif kind == "foreign":
@@ -434,24 +439,25 @@ class Simulation:
             shard.tell()
 
     async def _change_topology(self) -> None:
-        """Somebody else gives a shard a new default gate: open, publish, close."""
+        """Somebody else publishes: a new default gate of a shard that is not of the job, or nothing but a version."""
         before = self.catalog.topology
-        shard = self.shards[self.rng.choice(sorted(self.shards))]
-        after = renew_gates(before, shard.id, nonce=self.nonce())
-        known = {gate.number for gate in before.gates}
-        for gate in after.gates:
-            if gate.number not in known:
-                await asyncio.sleep(self.delay())
-                self.shards[gate.shard_id].open_gate(gate.number)
-        await asyncio.sleep(self.delay())
-        if self.catalog.swap(after, before.version, None):
-            self.facts["others"] += 1
-            gone = [gate for gate in before.gates if gate not in after.gates]
+        apart = [shard_id for shard_id in self.shards if shard_id not in self.catalog.job.shards]
+        if apart and self.rng.random() < 0.5:
+            after = renew_gates(before, apart[0], nonce=self.nonce())
         else:
-            topology = self.catalog.topology
-            gone = [gate for gate in after.gates if gate.number not in known and gate.number < topology.next_gate]
-            gone = [gate for gate in gone if gate.number not in topology.gates_of(gate.shard_id)]
-        for gate in gone:
+            after = before.evolve(nonce=self.nonce())
+        new = [gate for gate in after.gates if gate not in before.gates]
+        old = [gate for gate in before.gates if gate not in after.gates]
+        for gate in new:
+            await asyncio.sleep(self.delay())
+            self.shards[gate.shard_id].open_gate(gate.number)
+        await asyncio.sleep(self.delay())
+        stored = self.catalog.swap(after, before.version, None)
+        self.facts["others"] += stored
+        for gate in old if stored else new:
+            shard = self.shards[gate.shard_id]
+            if gate.number in self._named[shard.id] and not stored:
+                continue  # another was faster, with this number
             while not shard.drop_gate(gate.number):
                 await shard.changes()
 

@@ -13,14 +13,6 @@ from tests.sim.schedule import SCENARIOS, Faults, Simulation, run
 SCHEDULES = min(int(os.environ.get("SHARDLIB_SIM_SCHEDULES", "300")), 2_000)
 PARTS = 6
 
-# Seeds that once found a fault of the decisions: each is run first, for ever.
-FOUND = (85, 109, 123, 186, 188, 407, 1184)
-
-
-@pytest.mark.parametrize("seed", FOUND)
-def test_a_schedule_that_once_found_a_fault(seed: int) -> None:
-    assert run(seed).violations == [], f"seed {seed}: python -m tests.sim --seed {seed}"
-
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_schedules_keep_every_promise(part: int, rng: Random) -> None:

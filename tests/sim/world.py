@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from shardlib.fence.gate import Closing, Holder
@@ -14,7 +15,7 @@ from shardlib_ops.reshard.job import Job, Leg, Wish
 from shardlib_ops.reshard.together import first_of
 from shardlib_ops.reshard.world import Blocked, Compared, Failure, Flow, Lost, Mismatch, Superseded
 from tests.sim.flow import FakeFlow
-from tests.sim.process import Killed, Process
+from tests.sim.process import Killed, Process, ring
 from tests.sim.shard import TABLES, Change, FakeShard, Rows
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class FakeSide:
         try:
             while shard.holders(number) and (left_s := until - self.world.sim.loop.time()) > 1e-6:
                 waiting = shard.changes()
-                handle = self.world.sim.loop.call_later(left_s, lambda one=waiting: one.done() or one.set_result(None))
+                handle = self.world.sim.loop.call_later(left_s, ring, waiting)
                 try:
                     await self.world.process.wait(waiting)
                 finally:
@@ -311,7 +312,7 @@ class FakeWorld:
         rows = flow.chosen(rows, None)
         keys = tuple(dict.fromkeys(key for table in TABLES for key in rows[table]))
         for shard in (target, source):
-            await self._at(shard, lambda one=shard: [_keys(one).setdefault(key, 0) for key in keys])
+            await self._at(shard, partial(_remember, shard, keys))
         await pause()
         for table in TABLES:
             if (leg.number, table) not in target.copied:
@@ -325,7 +326,7 @@ class FakeWorld:
         size = self.sim.rng.randint(2, 6)
         for at in range(0, len(found), size):
             chunk = [Change(table, key, what) for key, what in found[at : at + size]]
-            await self._at(target, lambda part=chunk: target.write_now(part))
+            await self._at(target, partial(target.write_now, chunk))
             await pause()
         await self._at(target, lambda: target.copied.update({(leg.number, table): lsn}))
 
@@ -416,7 +417,7 @@ class FakeWorld:
                 return
             size = self.sim.rng.randint(1, 6)
             batch = [Change(table, key, None) for key in left[:size] for table in TABLES]
-            await self._at(shard, lambda part=batch: shard.write_now(part))
+            await self._at(shard, partial(shard.write_now, batch))
             await pause()
 
     @asynccontextmanager
@@ -444,6 +445,12 @@ def _keys(shard: FakeShard) -> dict[str, int]:
     if shard.keys is None:
         raise Lost(f"{shard.id} has no key table")
     return shard.keys
+
+
+def _remember(shard: FakeShard, keys: Sequence[str]) -> None:
+    known = _keys(shard)
+    for key in keys:
+        known.setdefault(key, 0)
 
 
 def _difference(flow: FakeFlow, rows: Rows, copies: Rows, keys: list[str] | None) -> str:
