@@ -389,8 +389,8 @@ class _StreamFlow:
     async def open(self) -> None:
         """Make the stream, so that it can be asked and waited for from the moment on that it is to run."""
         origin, sink = self._ends()
-        on_new_keys = origin.add_keys if self._direction == "forward" else None
-        self._stream = Stream(self._link, await sink.shapes(), on_new_keys=on_new_keys)
+        # Both ways: after a rollback the keys that were born on a target are hidden and deleted there.
+        self._stream = Stream(self._link, await sink.shapes(), on_new_keys=origin.add_keys)
 
     @translated
     async def run(self) -> None:

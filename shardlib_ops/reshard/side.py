@@ -12,7 +12,7 @@ import psycopg
 from psycopg import AsyncConnection, sql
 
 from shardlib.dsn import scrub
-from shardlib.errors import CatalogUnavailable, ShardlibError
+from shardlib.errors import RetryableError, ShardlibError
 from shardlib.fence.gate import Closing, close_gate, install, list_gates, open_gate
 from shardlib.topology import Shard, Table
 from shardlib_ops.reshard.cleanup import retire
@@ -28,7 +28,7 @@ from shardlib_ops.reshard.guard import (
 )
 from shardlib_ops.reshard.job import Job
 from shardlib_ops.reshard.rows import TableShape, read_shapes
-from shardlib_ops.reshard.stream import create_publication
+from shardlib_ops.reshard.stream import SlotBlocked, SlotLost, create_publication
 from shardlib_ops.reshard.together import together
 from shardlib_ops.reshard.world import Blocked, Failure, Lost, Superseded
 
@@ -55,7 +55,10 @@ def translated(
         except (psycopg.Error, ShardlibError, OSError) as error:
             if is_superseded(error):
                 raise Superseded(str(error).partition("\n")[0]) from error
-            if is_lost(error) or isinstance(error, CatalogUnavailable | OSError):
+            if isinstance(error, SlotBlocked):
+                raise Blocked(str(error)) from error
+            # A lost slot is found by the next look at the job, which makes the copy anew.
+            if is_lost(error) or isinstance(error, RetryableError | SlotLost | OSError):
                 raise Lost(scrub(str(error).strip())) from error
             raise Failure(scrub(str(error).strip())) from error
 

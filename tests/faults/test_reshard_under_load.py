@@ -59,7 +59,7 @@ async def life(url: str, spare: str, told: Callable[[str], None]) -> None:
 
 def test_p3_split_rollback_split_and_merge_under_load(tmp_path: Path, rng: random.Random) -> None:
     keys = [f"key-{number}" for number in range(60)]
-    seconds = soak_seconds(40)
+    seconds = soak_seconds(30)
     with LocalCluster(shards=2) as cluster:
         spare = cluster.spare("spare-1")
         hammer = Hammer(tmp_path, [cluster.url], keys, rng)
