@@ -22,7 +22,7 @@ TESTS_TIMEOUT_S = 1200
 nox.needs_version = ">=2024.10"
 nox.options.default_venv_backend = "none"
 nox.options.error_on_missing_interpreters = False
-nox.options.sessions = ["lint", "types", "imports", "docs", "examples", "bench", "tests", "faults"]
+nox.options.sessions = ["lint", "types", "imports", "docs", "examples", "bench", "tests", "faults", "sim"]
 
 
 def python(session: nox.Session, *arguments: str, **env: str) -> None:
@@ -88,6 +88,16 @@ def faults(session: nox.Session) -> None:
     """Tests that kill, stop and cut real servers. SHARDLIB_SOAK_S: seconds of each long run (30)."""
     os.environ.setdefault("SHARDLIB_SOAK_S", "30")
     pytest(session, "-m", "fault or soak")
+
+
+@nox.session
+def sim(session: nox.Session) -> None:
+    """The decisions of resharding in a simulated world: random schedules, and each await a crash.
+
+    SHARDLIB_SIM_SCHEDULES: how many (20,000, less than ten minutes on two cores). A failing one is run again by
+    `python -m tests.sim --seed N`.
+    """
+    python(session, "-m", "tests.sim", *session.posargs)
 
 
 @nox.session

@@ -72,8 +72,9 @@ class StaleTopology(RetryableError):
         self.shard, self.gate, self.version = shard, gate, version
 
     def __str__(self) -> str:
+        what = f"gate {self.gate}" if self.gate >= 0 else f"the key table of job {-self.gate}"
         return (
-            f"gate {self.gate} of shard {self.shard!r} is closed; this client routed by topology {self.version}; "
+            f"{what} of shard {self.shard!r} is closed; this client routed by topology {self.version}; "
             "call engine.refresh() and run the unit of work again, or let engine.run() do it"
         )
 

@@ -1,4 +1,4 @@
-"""Operators' side of shardlib: real servers on this machine for tests and trials.
+"""Operators' side of shardlib: shards and jobs are made and steered, rows are moved; servers for tests and trials.
 
 Names are loaded at their first use: a command's `--help`, or a test run without servers, pays for nothing.
 """
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shardlib_ops.local import LocalCluster
+    from shardlib_ops.manager.manager import Manager
+    from shardlib_ops.reshard.resharder import Resharder
 
-__all__ = ["LocalCluster"]
+__all__ = ["LocalCluster", "Manager", "Resharder"]
 
 
 def __getattr__(name: str) -> object:
@@ -18,4 +20,12 @@ def __getattr__(name: str) -> object:
         from shardlib_ops.local import LocalCluster
 
         return LocalCluster
+    if name == "Manager":
+        from shardlib_ops.manager.manager import Manager
+
+        return Manager
+    if name == "Resharder":
+        from shardlib_ops.reshard.resharder import Resharder
+
+        return Resharder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

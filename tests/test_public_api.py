@@ -29,7 +29,7 @@ LIBRARY = {
     "__version__",
     "errors",
 }
-OPERATORS = {"LocalCluster"}
+OPERATORS = {"LocalCluster", "Manager", "Resharder"}
 
 RETRYABLE = {"CatalogUnavailable", "LockTimeout", "PoolTimeout", "ShardUnavailable", "StaleTopology"}
 BASES = {"RetryableError", "ShardlibError"}

@@ -1,7 +1,7 @@
 """Where the topology lives: etcd by default, PostgreSQL, or memory; and the cache a client routes by."""
 
-from shardlib.catalog.base import Catalog, Conflict, Lease, Watch
+from shardlib.catalog.base import Catalog, Conflict, Document, Lease, Watch
 from shardlib.catalog.cache import TopologyCache
 from shardlib.catalog.open import open_catalog
 
-__all__ = ["Catalog", "Conflict", "Lease", "TopologyCache", "Watch", "open_catalog"]
+__all__ = ["Catalog", "Conflict", "Document", "Lease", "TopologyCache", "Watch", "open_catalog"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from shardlib.topology import Topology
 
-__all__ = ["Catalog", "Conflict", "Lease", "Watch"]
+__all__ = ["Catalog", "Conflict", "Document", "Lease", "Watch"]
 
 
 class Conflict(Exception):  # noqa: N818 - it is an answer, not a fault: somebody else published first
@@ -17,6 +17,13 @@ class Conflict(Exception):  # noqa: N818 - it is an answer, not a fault: somebod
     def __init__(self, expected: int | None, found: int | None) -> None:
         super().__init__(expected, found)
         self.expected, self.found = expected, found
+
+
+class Document(NamedTuple):
+    """A small record beside the topology, such as that of a job. `revision` rises with every write of it."""
+
+    data: bytes
+    revision: int
 
 
 class Watch(Protocol):
@@ -107,6 +114,40 @@ class Catalog(Protocol):
         """Take the lease `name`, or return None if another holds it for the whole of `wait_s`.
 
         The lease is kept alive from a thread until released or lost.
+
+        Raises:
+            CatalogUnavailable: no answer in time.
+        """
+        ...
+
+    def read_document(self, name: str) -> Document | None:
+        """A document beside the topology, None if there is none.
+
+        Raises:
+            CatalogUnavailable: no answer in time.
+        """
+        ...
+
+    def write_document(self, name: str, data: bytes, *, expected: int | None, lease: Lease | None = None) -> int:
+        """Create a document, or replace one; a lost reply is settled by reading it back, never by writing again.
+
+        Args:
+            name: 1 to 200 characters of letters, digits, `-`, `_` and `/`.
+            data: at most 1 MB.
+            expected: revision that is stored now; None means that there is none yet.
+            lease: if given, the write also requires that this lease is still held.
+
+        Returns:
+            its new revision.
+
+        Raises:
+            Conflict: another revision is stored, or the lease is lost.
+            CatalogUnavailable: no answer in time, and reading back did not settle it. The write may have happened.
+        """
+        ...
+
+    def list_documents(self, prefix: str) -> dict[str, Document]:
+        """The documents whose names begin so, by name in rising order.
 
         Raises:
             CatalogUnavailable: no answer in time.

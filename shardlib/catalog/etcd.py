@@ -1,5 +1,5 @@
-"""The catalog in etcd. Keys, below `/shardlib/<name>/`: `head`, `chunk/<attempt>/<digest>`, `lease/<name>`,
-`token/<name>`.
+"""The catalog in etcd. Keys, below `/shardlib/<name>/`: `head`, `chunk/<attempt>/<digest>`, `doc/<name>`,
+`lease/<name>`, `token/<name>`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class EtcdStore:
         self._root = b"/shardlib/" + target.name.encode() + b"/"
         self._head = self._root + b"head"
         self._chunks = self._root + b"chunk/"
+        self._documents = self._root + b"doc/"
 
     def read_head(self, deadline: Deadline) -> Record | None:
         """See `Store.read_head`."""
@@ -34,10 +35,33 @@ class EtcdStore:
 
     def swap_head(self, data: bytes, expected: int | None, grant: Grant | None, deadline: Deadline) -> bool:
         """See `Store.swap_head`."""
-        conditions = [Condition(self._head, expected or 0)]
+        return self._swap(self._head, data, expected, grant, deadline) is not None
+
+    def _swap(
+        self, key: bytes, data: bytes, expected: int | None, grant: Grant | None, deadline: Deadline
+    ) -> int | None:
+        conditions = [Condition(key, expected or 0)]
         if grant is not None:
             conditions.append(Condition(self._lease_key(grant.name), grant.revision, created=True))
-        return self._client.txn(conditions, [Put(self._head, data)], deadline).done
+        result = self._client.txn(conditions, [Put(key, data)], deadline)
+        return result.revision if result.done else None
+
+    def read_document(self, name: str, deadline: Deadline) -> Record | None:
+        """See `Store.read_document`."""
+        kv, _ = self._client.get(self._documents + name.encode(), deadline)
+        return None if kv is None else Record(kv.value, kv.mod_revision)
+
+    def swap_document(
+        self, name: str, data: bytes, expected: int | None, grant: Grant | None, deadline: Deadline
+    ) -> int | None:
+        """See `Store.swap_document`."""
+        return self._swap(self._documents + name.encode(), data, expected, grant, deadline)
+
+    def list_documents(self, prefix: str, deadline: Deadline) -> dict[str, Record]:
+        """See `Store.list_documents`."""
+        start = len(self._documents)
+        found = self._client.get_prefix(self._documents + prefix.encode(), deadline)
+        return {kv.key[start:].decode(): Record(kv.value, kv.mod_revision) for kv in found}
 
     def put_chunks(self, chunks: Mapping[ChunkKey, bytes], deadline: Deadline) -> None:
         """See `Store.put_chunks`."""

@@ -97,6 +97,18 @@ class EtcdClient:
                 return keys
             start = keys[-1] + b"\0"
 
+    def get_prefix(self, prefix: bytes, deadline: Deadline) -> list[Kv]:
+        """Every key that begins with `prefix`, with its value."""
+        found: list[Kv] = []
+        start, end = prefix, _after(prefix)
+        while True:
+            request = new("RangeRequest", key=start, range_end=end, limit=_GET_OPS_MAX)
+            answer = self._call("Range", request, deadline)
+            found += [_kv(kv) for kv in answer.kvs]
+            if not answer.more:
+                return found
+            start = found[-1].key + b"\0"
+
     def put_many(self, items: Mapping[bytes, bytes], deadline: Deadline) -> None:
         """Write keys that nobody else writes with other values: a batch may be sent more than once."""
         for batch in _batches(sorted(items), lambda key: len(key) + len(items[key]), _OPS_MAX):

@@ -25,6 +25,7 @@ class _Shelf:
         self.head: Record | None = None
         self.revision = 0
         self.chunks: dict[ChunkKey, bytes] = {}
+        self.documents: dict[str, Record] = {}
         self.held: dict[str, tuple[int, float]] = {}
         self.token = 0
 
@@ -105,6 +106,31 @@ class MemoryStore:
         with shelf.changed:
             for key in keys:
                 shelf.chunks.pop(key, None)
+
+    def read_document(self, name: str, deadline: Deadline) -> Record | None:
+        """See `Store.read_document`."""
+        shelf = self._open()
+        with shelf.changed:
+            return shelf.documents.get(name)
+
+    def swap_document(
+        self, name: str, data: bytes, expected: int | None, grant: Grant | None, deadline: Deadline
+    ) -> int | None:
+        """See `Store.swap_document`."""
+        shelf = self._open()
+        with shelf.changed:
+            found = shelf.documents.get(name)
+            if (found and found.revision) != expected or (grant is not None and not shelf.holds(grant)):
+                return None
+            shelf.revision += 1
+            shelf.documents[name] = Record(data, shelf.revision)
+            return shelf.revision
+
+    def list_documents(self, prefix: str, deadline: Deadline) -> dict[str, Record]:
+        """See `Store.list_documents`."""
+        shelf = self._open()
+        with shelf.changed:
+            return {name: record for name, record in shelf.documents.items() if name.startswith(prefix)}
 
     def follow(self, after: int, stop: Stop, on_record: Callable[[Record], None], on_alive: Callable[[], None]) -> None:
         """See `Store.follow`."""

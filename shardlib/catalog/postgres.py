@@ -31,13 +31,18 @@ BEGIN
     CREATE TABLE IF NOT EXISTS shardlib_catalog.chunk (
         catalog text, attempt bytea, digest bytea, data bytea NOT NULL, PRIMARY KEY (catalog, attempt, digest)
     );
+    CREATE TABLE IF NOT EXISTS shardlib_catalog.document (
+        catalog text, name text COLLATE "C", data bytea NOT NULL, revision bigint NOT NULL, PRIMARY KEY (catalog, name)
+    );
     CREATE TABLE IF NOT EXISTS shardlib_catalog.lease (
         catalog text, name text, token bigint NOT NULL, holder text NOT NULL, expires timestamptz NOT NULL,
         PRIMARY KEY (catalog, name)
     );
 END $$
 """
-_INSTALLED: Final = "SELECT to_regclass('shardlib_catalog.lease') IS NOT NULL"
+_INSTALLED: Final = (
+    "SELECT to_regclass('shardlib_catalog.lease') IS NOT NULL AND to_regclass('shardlib_catalog.document') IS NOT NULL"
+)
 _HEAD: Final = "SELECT data, revision FROM shardlib_catalog.head WHERE catalog = %s"
 _NEWER: Final = "SELECT data, revision FROM shardlib_catalog.head WHERE catalog = %s AND revision > %s"
 _HELD: Final = """
@@ -62,6 +67,22 @@ WITH {_HELD}, done AS (
       AND (%(lease)s::text IS NULL OR EXISTS (SELECT FROM held))
     RETURNING revision
 ) {_TOLD}"""
+_CREATE_DOCUMENT: Final = f"""
+WITH {_HELD}
+INSERT INTO shardlib_catalog.document (catalog, name, data, revision)
+SELECT %(catalog)s, %(name)s, %(data)b, nextval('shardlib_catalog.revision')
+WHERE %(lease)s::text IS NULL OR EXISTS (SELECT FROM held)
+ON CONFLICT DO NOTHING RETURNING revision"""
+_SWAP_DOCUMENT: Final = f"""
+WITH {_HELD}
+UPDATE shardlib_catalog.document SET data = %(data)b, revision = nextval('shardlib_catalog.revision')
+WHERE catalog = %(catalog)s AND name = %(name)s AND revision = %(expected)s
+  AND (%(lease)s::text IS NULL OR EXISTS (SELECT FROM held))
+RETURNING revision"""
+_DOCUMENT: Final = "SELECT data, revision FROM shardlib_catalog.document WHERE catalog = %s AND name = %s"
+_DOCUMENTS: Final = """
+SELECT name, data, revision FROM shardlib_catalog.document WHERE catalog = %s AND starts_with(name, %s) ORDER BY name
+"""
 _PUT: Final = """
 INSERT INTO shardlib_catalog.chunk (catalog, attempt, digest, data)
 SELECT %s, * FROM unnest(%b::bytea[], %b::bytea[], %b::bytea[]) ON CONFLICT DO NOTHING
@@ -128,6 +149,37 @@ class PostgresStore:
             "token": grant.token if grant else 0,
         }
         return bool(self._door.run(_CREATE if expected is None else _SWAP, values, deadline, again=False))
+
+    def read_document(self, name: str, deadline: Deadline) -> Record | None:
+        """See `Store.read_document`."""
+        if not self._ready(deadline, write=False):
+            return None
+        found = self._door.run(_DOCUMENT, (self._name, name), deadline)
+        return Record(bytes(found[0][0]), int(found[0][1])) if found else None
+
+    def swap_document(
+        self, name: str, data: bytes, expected: int | None, grant: Grant | None, deadline: Deadline
+    ) -> int | None:
+        """See `Store.swap_document`."""
+        self._ready(deadline, write=True)
+        values = {
+            "catalog": self._name,
+            "name": name,
+            "data": data,
+            "expected": expected,
+            "lease": grant.name if grant else None,
+            "token": grant.token if grant else 0,
+        }
+        query = _CREATE_DOCUMENT if expected is None else _SWAP_DOCUMENT
+        found = self._door.run(query, values, deadline, again=False)
+        return int(found[0][0]) if found else None
+
+    def list_documents(self, prefix: str, deadline: Deadline) -> dict[str, Record]:
+        """See `Store.list_documents`."""
+        if not self._ready(deadline, write=False):
+            return {}
+        found = self._door.run(_DOCUMENTS, (self._name, prefix), deadline)
+        return {str(name): Record(bytes(data), int(revision)) for name, data, revision in found}
 
     def put_chunks(self, chunks: Mapping[ChunkKey, bytes], deadline: Deadline) -> None:
         """See `Store.put_chunks`."""

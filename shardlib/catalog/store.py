@@ -105,6 +105,23 @@ class Store(Protocol):
         """Delete chunks; missing ones are no error."""
         ...
 
+    def read_document(self, name: str, deadline: Deadline) -> Record | None:
+        """A document, None if there is none. Never older than what was stored when the call began."""
+        ...
+
+    def swap_document(
+        self, name: str, data: bytes, expected: int | None, grant: Grant | None, deadline: Deadline
+    ) -> int | None:
+        """Store a document if its revision is `expected` (None: if there is none) and `grant` is still held.
+
+        Returns its new revision, None if it was not stored. Sent once, like `swap_head`.
+        """
+        ...
+
+    def list_documents(self, prefix: str, deadline: Deadline) -> dict[str, Record]:
+        """Every document whose name begins so, by name."""
+        ...
+
     def follow(self, after: int, stop: Stop, on_record: Callable[[Record], None], on_alive: Callable[[], None]) -> None:
         """Tell of every head with a revision above `after`, until `stop`. Returns only then.
 

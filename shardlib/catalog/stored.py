@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import random
+import re
+import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from shardlib.catalog.base import Conflict, Lease, Watch
+from shardlib.catalog.base import Conflict, Document, Lease, Watch
 from shardlib.catalog.decoded import Decoded, find, share
 from shardlib.catalog.lease import KeptLease
-from shardlib.catalog.store import Deadline, Record, Store
+from shardlib.catalog.store import Deadline, Grant, Record, Store
 from shardlib.catalog.watching import Watching
 from shardlib.errors import CatalogUnavailable, InvalidArgument, InvalidTopology
 from shardlib.topology import Topology
@@ -30,6 +32,9 @@ reads.
 _LEASE_POLL_S: Final = 0.5
 _PAUSE_FIRST_S: Final = 0.02
 _PAUSE_MAX_S: Final = 0.25
+_DOCUMENT_NAME: Final = re.compile(r"[A-Za-z0-9_/-]{1,200}")
+_DOCUMENT_BYTES_MAX: Final = 1_000_000
+_NONCE_BYTES: Final = 16
 _SWAP_PART: Final = 0.6
 """The part of a publish's time that the swap may take; the rest is kept for reading what became of it."""
 
@@ -126,8 +131,7 @@ class StoredCatalog:
         CatalogUnavailable may call again with the same arguments.
         """
         _check(topology, expected)
-        if lease is not None and not isinstance(lease, KeptLease):
-            raise InvalidArgument("lease", type(lease).__name__, "a lease that this catalog's acquire() returned")
+        grant = _granted(lease)
         deadline = Deadline(self._timeout_s)
         record = self._store.read_head(deadline)
         head = None if record is None else unpack(record.data)
@@ -141,7 +145,6 @@ class StoredCatalog:
         if encoded.chunks:
             self._store.put_chunks(encoded.chunks, Deadline(deadline.left() + _CHUNK_S * len(encoded.chunks)))
             deadline = Deadline(self._timeout_s)
-        grant = None if lease is None else lease.grant
         try:
             swapped = self._store.swap_head(
                 encoded.data, record.revision if record else None, grant, Deadline(deadline.left() * _SWAP_PART)
@@ -213,6 +216,56 @@ class StoredCatalog:
         except CatalogUnavailable as error:
             _log.info("old chunks stay until the next sweep: %s", error.reason)
 
+    def read_document(self, name: str) -> Document | None:
+        """A document beside the topology; see `Catalog.read_document`."""
+        return _opened(self._store.read_document(_document_name(name), Deadline(self._timeout_s)))
+
+    def write_document(self, name: str, data: bytes, *, expected: int | None, lease: Lease | None = None) -> int:
+        """Create or replace a document; see `Catalog.write_document`."""
+        _document_name(name)
+        if len(data) > _DOCUMENT_BYTES_MAX:
+            raise InvalidArgument("data", f"{len(data)} bytes", f"at most {_DOCUMENT_BYTES_MAX} bytes")
+        grant = _granted(lease)
+        if lease is not None and not lease.alive():
+            raise Conflict(expected, None)
+        deadline = Deadline(self._timeout_s)
+        # What only this write can have stored: by it a lost reply is settled.
+        sealed = secrets.token_bytes(_NONCE_BYTES) + data
+        try:
+            revision = self._store.swap_document(name, sealed, expected, grant, Deadline(deadline.left() * _SWAP_PART))
+        except CatalogUnavailable as error:
+            return self._settle_document(name, sealed, expected, deadline, error)
+        if revision is not None:
+            return revision
+        found = self._store.read_document(name, deadline)
+        if found is not None and found.data == sealed:
+            return found.revision
+        raise Conflict(expected, None if found is None else found.revision)
+
+    def _settle_document(
+        self, name: str, sealed: bytes, expected: int | None, deadline: Deadline, error: CatalogUnavailable
+    ) -> int:
+        """Learn by reading what became of a write whose answer did not come."""
+        for wait_s in _pauses(deadline):
+            try:
+                record = self._store.read_document(name, Deadline(min(deadline.left(), self._timeout_s / 4)))
+            except CatalogUnavailable:
+                record = None
+            if record is not None and record.data == sealed:
+                return record.revision
+            if record is not None and record.revision != expected:
+                raise Conflict(expected, record.revision)
+            time.sleep(wait_s)
+        raise CatalogUnavailable(
+            self.safe_url, f"writing document {name!r} was not answered ({error.reason})"
+        ) from error
+
+    def list_documents(self, prefix: str) -> dict[str, Document]:
+        """Documents by name; see `Catalog.list_documents`."""
+        found = self._store.list_documents(_document_name(prefix), Deadline(self._timeout_s))
+        opened = {name: _opened(record) for name, record in sorted(found.items())}
+        return {name: document for name, document in opened.items() if document is not None}
+
     def watch(self, on_change: Callable[[int], None], on_alive: Callable[[bool], None]) -> Watch:
         """Follow the topology's versions from threads of its own; see `Catalog.watch`."""
 
@@ -265,6 +318,32 @@ class StoredCatalog:
         for lease in leases:
             lease.release()
         self._store.close()
+
+
+def _granted(lease: Lease | None) -> Grant | None:
+    if lease is None:
+        return None
+    if not isinstance(lease, KeptLease):
+        raise InvalidArgument("lease", type(lease).__name__, "a lease that this catalog's acquire() returned")
+    return lease.grant
+
+
+def _document_name(name: str) -> str:
+    if not isinstance(name, str) or not _DOCUMENT_NAME.fullmatch(name):
+        raise InvalidArgument("name", name, "1 to 200 letters, digits, `-`, `_` and `/`")
+    return name
+
+
+def _opened(record: Record | None) -> Document | None:
+    return None if record is None else Document(record.data[_NONCE_BYTES:], record.revision)
+
+
+def _pauses(deadline: Deadline) -> Iterator[float]:
+    """Growing pauses with jitter, for as long as there is time for one."""
+    wait_s = _PAUSE_FIRST_S
+    while deadline.left() > wait_s:
+        yield wait_s * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+        wait_s = min(_PAUSE_MAX_S, wait_s * 2)
 
 
 def _check(topology: Topology, expected: int | None) -> None:

@@ -393,6 +393,7 @@ class ShardedEngine:
             InvalidTopology: the cluster has recorded a table with another key.
             ShardUnavailable: a shard is not reachable; the others may have their tables already: run it again.
             LockTimeout: transactions that use the tables did not end within 10 seconds; the message names them.
+            UnsupportedOperation: a job is moving rows.
         """
         with self._schema_lock:
             SchemaChange(self._catalog, self._cache).create_all(metadata, app_roles=app_roles, checkfirst=checkfirst)

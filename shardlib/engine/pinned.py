@@ -13,7 +13,7 @@ from shardlib.fence.connection import begins_without_gate, lock_gates, start
 from shardlib.fence.verdict import GateClosed, lost_connection
 from shardlib.route.needs import Scope
 from shardlib.session.core import DEAD_MAX, Core, as_sqlalchemy, begun_by_status, check_active, is_read_only
-from shardlib.session.statements import keyless_write, pinned_needs
+from shardlib.session.statements import keyless_write, pinned_needs, refuse_raw
 from shardlib.shard import ShardConnection
 from shardlib.topology import Status, Topology
 
@@ -60,15 +60,18 @@ class _Pin:
         """See `_begin`."""
         core = self._core
         try:
-            self._topology = _begin(core, self._key, conn)
+            self._topology = topology = _begin(core, self._key, conn)
         except BaseException as error:
             if core.metrics is not None:
                 core.metrics.failed(error)
             raise
+        assert isinstance(conn, ShardConnection)  # noqa: S101 - for the type checker
+        if conn.shard is not None:
+            conn.hidden = topology.hidden_on(conn.shard.id)
         if core.metrics is not None:
             core.metrics.routed()
-        if core.tracing and isinstance(conn, ShardConnection):
-            conn.topology_version = self._topology.version
+        if core.tracing:
+            conn.topology_version = topology.version
 
     def check(self, conn: Connection, statement: Any, sets: Any, one: Any, options: Any) -> None:
         """Before a statement of SQLAlchemy's Core: is it of this key, and does it hold the gates it needs?
@@ -77,9 +80,13 @@ class _Pin:
             ShardKeyMismatch: it names another key.
             ShardKeyRequired: it would write rows of other keys that share the shard.
             StaleTopology: it reads the whole shard, a part of which has left.
-            UnsupportedOperation: it writes, and the shard is read-only.
+            UnsupportedOperation: it writes, and the shard is read-only; or it is raw SQL for all rows of a shard that
+                holds rows which are not its own.
         """
+        assert isinstance(conn, ShardConnection)  # noqa: S101 - for the type checker
         if not isinstance(statement, Executable) or isinstance(statement, TextClause | DDLElement):
+            if options.get("all_shards"):
+                refuse_raw(conn)
             return
         needs = pinned_needs(statement, sets or one or None, self._core.described)
         for key in needs.keys:
@@ -94,13 +101,14 @@ class _Pin:
             raise keyless_write(needs, "of every key that shares the shard")
         if conn.shard is None:
             return
-        gates = self._topology.gates_of(conn.shard.id)
+        gates = self._topology.scan_gates(conn.shard.id)
         try:
             if len(gates) > 1:  # taken anew each time: a savepoint that was rolled back has let go of them
                 with as_sqlalchemy(conn):
                     lock_gates(conn.driver, gates)
         except GateClosed as closed:
             raise StaleTopology(conn.shard.name, closed.gates[0], self._topology.version) from None
+        conn.owned_only()
 
 
 def _begin(core: Core, key: bytes, conn: Connection) -> Topology:

@@ -17,7 +17,7 @@ from sqlalchemy.pool import NullPool
 
 from shardlib.catalog import Catalog, Conflict, TopologyCache
 from shardlib.engine.locks import holders_of
-from shardlib.errors import InvalidTopology, LockTimeout, ShardUnavailable
+from shardlib.errors import InvalidTopology, LockTimeout, ShardUnavailable, UnsupportedOperation
 from shardlib.fence.gate import install, open_gate
 from shardlib.key.declare import KeySpec, describe
 from shardlib.shard.connect import explain, hopeless, lost
@@ -42,7 +42,7 @@ class SchemaChange:
     def create_all(self, metadata: MetaData, *, app_roles: Sequence[str], checkfirst: bool) -> None:
         """See `ShardedEngine.create_all`."""
         tables = records(metadata)
-        topology = self._newest()
+        topology = self._at_rest()
         record_tables(topology, tables, nonce="")  # refuses a changed key before anything is created
 
         def on(shard: Shard) -> None:
@@ -55,7 +55,7 @@ class SchemaChange:
 
     def drop_all(self, metadata: MetaData, *, checkfirst: bool) -> None:
         """See `ShardedEngine.drop_all`."""
-        topology = self._newest()
+        topology = self._at_rest()
         drop = partial(metadata.drop_all, checkfirst=checkfirst)
         self._everywhere(topology, lambda shard: self._ddl(shard, metadata, drop, dropping=True))
         self._publish(lambda now, nonce: forget_tables(now, list(metadata.tables), nonce=nonce))
@@ -64,6 +64,16 @@ class SchemaChange:
         """See `ShardedEngine.register`."""
         tables = records(metadata)
         self._publish(lambda now, nonce: record_tables(now, tables, nonce=nonce))
+
+    def _at_rest(self) -> Topology:
+        """The newest topology, while no rows move: a change of a table would end the job, and gates are the job's."""
+        topology = self._newest()
+        if topology.moves:
+            raise UnsupportedOperation(
+                f"job {topology.moves[0].job} is moving rows, so tables cannot be made or dropped now",
+                "wait until it is over, complete it, or cancel it (`shardlib-ops reshard list`)",
+            )
+        return topology
 
     def _newest(self) -> Topology:
         return self._catalog.load(self._cache.current)

@@ -60,10 +60,9 @@ else:
 
 @lru_cache(maxsize=1024)
 def lock_sql(gates: tuple[int, ...]) -> bytes:
-    """The statement that takes these gates. Gate numbers are integers, so nothing needs quoting."""
-    if len(gates) == 1:
-        return b"LOCK TABLE shardlib.gate_%d IN ACCESS SHARE MODE" % gates[0]
-    return b"LOCK TABLE %s IN ACCESS SHARE MODE" % b", ".join([b"shardlib.gate_%d" % number for number in gates])
+    """The statement that takes these gates; -7 is the key table of job 7. Integers, so nothing needs quoting."""
+    names = [b"shardlib.gate_%d" % number if number >= 0 else b"shardlib.job_%d_keys" % -number for number in gates]
+    return b"LOCK TABLE %s IN ACCESS SHARE MODE" % b", ".join(names)
 
 
 class _Fenced(_Base):

@@ -132,8 +132,13 @@ def check_control(found: tuple[int, str, str], *, cluster_id: str, shard_id: str
     return version
 
 
-def open_gate(conn: psycopg.Connection[Any], number: int) -> None:
+def open_gate(conn: psycopg.Connection[Any], number: int, *, check: str | None = None) -> None:
     """Create a gate; idempotent. Publish a topology that names it only after this returns.
+
+    Args:
+        conn: autocommit connection to the shard's primary.
+        number: the gate.
+        check: a statement that goes first in the same transaction, and fails if this may not be done.
 
     Raises:
         InvalidArgument: `number` is not a positive integer.
@@ -141,6 +146,8 @@ def open_gate(conn: psycopg.Connection[Any], number: int) -> None:
     name = _gate(number)
     with conn.transaction(), conn.cursor(row_factory=tuple_row) as cursor:
         cursor.execute("SET LOCAL lock_timeout = '10s'")
+        if check is not None:
+            cursor.execute(check.encode())
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (_INSTALL_LOCK,))
         cursor.execute(sql.SQL("CREATE TABLE IF NOT EXISTS {} ()").format(name))
         cursor.execute("SELECT unnest(app_roles) FROM shardlib.control")
@@ -155,6 +162,7 @@ def close_gate(
     budget_s: float,
     attempt_ms: int = 20,
     message: str | None = None,
+    check: str | None = None,
     jitter: Callable[[], float] = random.random,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -173,6 +181,7 @@ def close_gate(
         budget_s: seconds for all attempts together.
         attempt_ms: milliseconds of lock wait for one attempt.
         message: content of a logical decoding message (prefix `shardlib`) written in the drop's transaction.
+        check: a statement that goes first in the drop's transaction, and fails if this may not be done.
         jitter: source of numbers in 0..1.
         clock: monotonic seconds.
         sleep: waits that many seconds.
@@ -185,7 +194,8 @@ def close_gate(
     if message is not None:
         emit = f"SELECT pg_logical_emit_message(true, 'shardlib', {sql.Literal(message).as_string(conn)}); "
     command = (
-        f"BEGIN; SET LOCAL lock_timeout = '{attempt_ms:d}ms'; SET LOCAL synchronous_commit = 'local'; "
+        f"BEGIN; {f'{check}; ' if check else ''}"
+        f"SET LOCAL lock_timeout = '{attempt_ms:d}ms'; SET LOCAL synchronous_commit = 'local'; "
         f"DROP TABLE IF EXISTS {name}; {emit}COMMIT"
     )
     began, attempts = clock(), 0
@@ -206,6 +216,10 @@ def _attempt(conn: psycopg.Connection[Any], command: str) -> bool:
     except (pg.LockNotAvailable, pg.DeadlockDetected):
         conn.execute("ROLLBACK")
         return False
+    except psycopg.Error:
+        if not conn.closed:
+            conn.execute("ROLLBACK")
+        raise
     return True
 
 

@@ -22,6 +22,40 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         decided_at timestamptz NOT NULL DEFAULT now()
     );
     """,
+    # What a resharding job writes down in the databases it works on. Application roles may read none of it but the
+    # key tables, which are granted as they are made.
+    """
+    CREATE TABLE shardlib.job (
+        id bigint PRIMARY KEY,
+        token bigint NOT NULL
+    );
+    CREATE TABLE shardlib.position (
+        job bigint NOT NULL,
+        leg integer NOT NULL,
+        direction text NOT NULL CHECK (direction IN ('forward', 'reverse')),
+        lsn pg_lsn NOT NULL,
+        PRIMARY KEY (job, leg, direction)
+    );
+    CREATE TABLE shardlib.copied (
+        job bigint NOT NULL,
+        leg integer NOT NULL,
+        table_name text NOT NULL,
+        lsn pg_lsn NOT NULL,
+        rows bigint NOT NULL,
+        PRIMARY KEY (job, leg, table_name)
+    );
+    CREATE FUNCTION shardlib.claimed(wanted_job bigint, wanted_token bigint) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+    BEGIN
+        PERFORM FROM shardlib.job WHERE id = wanted_job AND token = wanted_token FOR SHARE;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION 'job % is not held by the runner with token %', wanted_job, wanted_token
+                USING ERRCODE = 'SL001';
+        END IF;
+    END
+    $$;
+    REVOKE ALL ON FUNCTION shardlib.claimed(bigint, bigint) FROM PUBLIC;
+    """,
 )
 
 SCHEMA_VERSION: Final = len(MIGRATIONS)

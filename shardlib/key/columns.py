@@ -34,7 +34,7 @@ from shardlib.key.encode import (
     encode_uuid,
 )
 
-__all__ = ["PartEncoder", "part_encoder"]
+__all__ = ["PartEncoder", "part_encoder", "type_name"]
 
 PartEncoder = Callable[[Any], bytes]
 """From a value, as the application gives it for a column, to the key bytes of that part."""
@@ -264,3 +264,37 @@ _MAKERS: Final[tuple[tuple[type, Callable[[Any, _At], PartEncoder]], ...]] = (
     (sqltypes.DateTime, _datetime),
     (sqltypes.Date, _date),
 )
+
+
+_TYPE_NAMES: Final[tuple[tuple[type, str], ...]] = (
+    (sqltypes.Enum, "enum"),
+    (sqltypes.String, "text"),
+    (sqltypes.Boolean, "boolean"),
+    (sqltypes.Integer, "bigint"),
+    (sqltypes.Numeric, "numeric"),
+    (sqltypes.Uuid, "uuid"),
+    (sqltypes.LargeBinary, "bytea"),
+    (sqltypes.Date, "date"),
+)
+
+
+def type_name(kind: TypeEngine[Any]) -> str:
+    """The type of a key column as `key_text` wants it: that of PostgreSQL, or one with the same text.
+
+    Args:
+        kind: a type for which `part_encoder` has an encoder.
+
+    Raises:
+        InvalidShardKey: columns of the type cannot be shard keys.
+    """
+    impl = kind.dialect_impl(_DIALECT)
+    if isinstance(impl, TypeDecorator):
+        return type_name(impl.impl_instance)
+    if isinstance(impl, postgresql.DOMAIN):
+        return type_name(impl.data_type)
+    if isinstance(impl, sqltypes.DateTime):
+        return f"timestamp {'with' if impl.timezone else 'without'} time zone"
+    for base, name in _TYPE_NAMES:
+        if isinstance(impl, base):
+            return name
+    raise InvalidShardKey(kind, "columns of this type cannot be shard keys")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +16,17 @@ from shardlib.errors import InvalidTopology, ShardKeyRequired, UnsupportedCrossS
 from shardlib.route.consistency import Consistency
 from shardlib.route.extract import needs_of
 from shardlib.route.needs import Describe, Needs, Scope
-from shardlib.session.core import Needed
+from shardlib.session.core import Core, Needed
 from shardlib.session.defaults import with_defaults
 from shardlib.session.fanout import FanOut
 from shardlib.session.unit import Leg
-from shardlib.shard.connection import FAN_OUT
+from shardlib.shard.connection import FAN_OUT, OWNED_ONLY, ShardConnection
 from shardlib.topology import Topology
 
 if TYPE_CHECKING:
     from shardlib.session.session import ShardedSession
 
-__all__ = ["check_core", "keyless_write", "pinned_needs", "route_statement"]
+__all__ = ["check_core", "keyless_write", "pinned_needs", "refuse_raw", "route_statement"]
 
 
 def route_statement(session: ShardedSession, state: ORMExecuteState) -> Result[Any] | None:
@@ -53,6 +53,8 @@ def route_statement(session: ShardedSession, state: ORMExecuteState) -> Result[A
         if needs.calls:
             _check_calls(needs, options.get("row_functions", ()))
         legs = _unpinned(session, needs, bool(options.get("all_shards")), _order_is_per_parent(state))
+    if _meets_hidden(needs, legs) and any(leg.connection.hidden for leg in legs):
+        state.update_execution_options(**{OWNED_ONLY: True})
     if needs.per_key_rows:  # with none at all, any shard finds nothing to do
         return _rows_by_shard(session, state, needs.per_key_rows)
     if len(legs) == 1:
@@ -91,7 +93,21 @@ def _synchronized(state: ORMExecuteState, legs: int) -> list[dict[str, Any]]:
 
 
 def _merged(results: list[Result[Any]]) -> Result[Any]:
-    return results[0].merge(*results[1:])
+    merged: Any = results[0].merge(*results[1:])
+    if not merged._yield_per:  # noqa: SLF001 - which refuses unique()
+        merged.iterator = _kept(merged.iterator)
+    return merged  # type: ignore[no-any-return]
+
+
+def _kept(rows: Iterable[Any]) -> Iterator[Any]:
+    """Keep the rows until the last one is read, as one result of SQLAlchemy does.
+
+    `unique()` tells objects apart by their `id()`, which a collected object would leave to another.
+    """
+    kept = []
+    for row in rows:
+        kept.append(row)
+        yield row
 
 
 def _order_is_per_parent(state: ORMExecuteState) -> bool:
@@ -112,9 +128,12 @@ def _pinned(session: ShardedSession, needs: Needs, all_shards: bool) -> list[Leg
         needed = core.places(topology, (pin,))
         if needs.scope is not Scope.SCAN:
             return needed
-        return {shard_id: topology.gates_of(shard_id) for shard_id in needed}
+        return {shard_id: topology.scan_gates(shard_id) for shard_id in needed}
 
-    return session._hold(wants, write=needs.writes)  # noqa: SLF001
+    legs = session._hold(wants, write=needs.writes)  # noqa: SLF001
+    if needs.scope is Scope.RAW and all_shards:
+        refuse_raw(legs[0].connection)
+    return legs
 
 
 def _unpinned(session: ShardedSession, needs: Needs, all_shards: bool, order_is_per_parent: bool) -> list[Leg]:
@@ -124,7 +143,7 @@ def _unpinned(session: ShardedSession, needs: Needs, all_shards: bool, order_is_
             "raw SQL names no shard key that could be read", "run it in a session pinned by engine.session(key)"
         )
     if needs.scope is Scope.KEYED and needs.keys:
-        legs = session._hold(lambda topology: core.places(topology, needs.keys), write=needs.writes)  # noqa: SLF001
+        legs = session._hold(lambda topology: _places(core, topology, needs), write=needs.writes)  # noqa: SLF001
     elif needs.scope is not Scope.SCAN:  # reference tables, or criteria that no row can meet
         return session._hold(session._any_shard)  # noqa: SLF001
     else:
@@ -190,10 +209,13 @@ def check_core(
         UnsupportedOperation: it belongs elsewhere.
     """
     if not isinstance(statement, Executable) or isinstance(statement, TextClause | DDLElement):
+        if all_shards and isinstance(conn, ShardConnection):
+            refuse_raw(conn)
         return
     described = session._core.described  # noqa: SLF001
     if session._pin is not None:  # noqa: SLF001
-        legs = _pinned(session, pinned_needs(statement, parameters, described), all_shards)
+        needs = pinned_needs(statement, parameters, described)
+        legs = _pinned(session, needs, all_shards)
     else:
         needs = needs_of(statement, parameters, described)
         if needs.scope not in (Scope.KEYED, Scope.SCAN):
@@ -206,6 +228,23 @@ def check_core(
             "a statement executed on the connection of one shard belongs on another",
             "give it to session.execute(), which chooses the shard",
         )
+    if _meets_hidden(needs, legs):
+        for leg in legs:
+            leg.connection.owned_only()
+
+
+def refuse_raw(conn: ShardConnection) -> None:
+    """Refuse raw SQL that means every row of a shard while the shard holds rows that are not its own.
+
+    Raises:
+        UnsupportedOperation: it does; nothing can be added to text that would leave them out.
+    """
+    if conn.hidden:
+        raise UnsupportedOperation(
+            f"raw SQL over all rows of shard {conn.shard_id!r} would meet rows that job {conn.hidden[0]} moves, which "
+            "are on two shards",
+            "write it with SQLAlchemy's expressions, which leave them out, or wait until the job is over",
+        )
 
 
 def keyless_write(needs: Needs, where: str) -> ShardKeyRequired:
@@ -216,8 +255,23 @@ def keyless_write(needs: Needs, where: str) -> ShardKeyRequired:
     )
 
 
+def _meets_hidden(needs: Needs, legs: list[Leg]) -> bool:
+    """Whether a statement may meet rows that a shard holds but does not own.
+
+    One that names keys of several shards may: each of them is asked for all the keys.
+    """
+    return needs.scope is Scope.SCAN or (len(legs) > 1 and not needs.per_key_rows)
+
+
+def _places(core: Core, topology: Topology, needs: Needs) -> Needed:
+    needed = core.places(topology, needs.keys)
+    if topology.moves and len(needed) > 1 and not needs.per_key_rows:
+        return {i: (*gates, *(-job for job in topology.hidden_on(i))) for i, gates in needed.items()}
+    return needed
+
+
 def _every_shard(topology: Topology) -> Needed:
-    needed = {shard.id: topology.gates_of(shard.id) for shard in topology.owners()}
+    needed = {shard.id: topology.scan_gates(shard.id) for shard in topology.owners()}
     if not needed:
         raise InvalidTopology("no shard owns any tokens", "give the cluster a shard")
     return needed

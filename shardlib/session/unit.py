@@ -239,6 +239,8 @@ class Unit:
     ) -> Leg:
         """Begin the transaction on its first shard."""
         conn = self.core.connect(shard, gates, options, ahead)
+        if self.topology.moves:
+            conn.hidden = self.topology.hidden_on(shard.id)
         try:
             adopt(conn)
         except BaseException:
@@ -260,7 +262,9 @@ class Unit:
         def begin(shard: Shard, gates: tuple[int, ...]) -> None:
             # Errors are kept, not raised: what the others opened meanwhile must be given back first.
             try:
-                begun[shard.id] = self.core.connect(shard, gates, options)
+                begun[shard.id] = conn = self.core.connect(shard, gates, options)
+                if self.topology.moves:
+                    conn.hidden = self.topology.hidden_on(shard.id)
             except GateClosed as closed:
                 refusals.append(_Refused(shard.name, closed))
             except Exception as error:  # noqa: BLE001 - raised below

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from sqlalchemy.engine import Connection, CursorResult, Engine
@@ -13,10 +15,12 @@ from shardlib.topology import Shard
 if TYPE_CHECKING:
     from shardlib.fence.connection import FencedConnection
 
-__all__ = ["FAN_OUT", "ShardConnection"]
+__all__ = ["FAN_OUT", "OWNED_ONLY", "ShardConnection"]
 
 FAN_OUT: Final = "shardlib_fan_out"
 """The execution option that marks the statement which several connections are asked."""
+OWNED_ONLY: Final = "shardlib_owned_only"
+"""The execution option that marks a statement which must not see rows that the shard holds but does not own."""
 
 
 class _Answers(Protocol):
@@ -35,6 +39,8 @@ class ShardConnection(Connection):
 
     pinned: bool = False
     """Whether each of its transactions is routed as it begins (`engine.connect`)."""
+    hidden: tuple[int, ...] = ()
+    """The jobs whose rows are on the shard and not its own, by the topology that the transaction began with."""
 
     handed_out: bool = False
     """Whether the application has it (`session.connection()`), and may have written by text that nobody has read."""
@@ -75,6 +81,9 @@ class ShardConnection(Connection):
     def scalar(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> Any:
         """As `Connection.scalar`."""
         self._begin_first()
+        if self.hidden:
+            with self._marked(execution_options):
+                return super().scalar(statement, parameters, execution_options=execution_options)
         return super().scalar(statement, parameters, execution_options=execution_options)
 
     def exec_driver_sql(
@@ -93,7 +102,29 @@ class ShardConnection(Connection):
         """Execute on this connection alone, also while a statement runs on several."""
         if getattr(statement, "_for_update_arg", None) is not None:
             self.locks = True
+        if self.hidden:
+            with self._marked(execution_options):
+                return super().execute(statement, parameters, execution_options=execution_options)
         return super().execute(statement, parameters, execution_options=execution_options)
+
+    def owned_only(self) -> None:
+        """The statement that is being executed must not see rows of `hidden`: for listeners of `before_execute`."""
+        if self.hidden:
+            self.dialect = self.engine.dialect.without_rows_of(self.hidden)  # type: ignore[attr-defined]
+
+    @contextmanager
+    def _marked(self, options: Any) -> Iterator[None]:
+        """While a statement is executed that is marked `OWNED_ONLY`, or that a listener finds to be so.
+
+        A listener of the one may execute another in between: each has its own dialect.
+        """
+        before, self.dialect = self.dialect, self.engine.dialect
+        try:
+            if options and options.get(OWNED_ONLY):
+                self.owned_only()
+            yield
+        finally:
+            self.dialect = before
 
     def execution_options(self, **options: Any) -> Any:
         """As `Connection.execution_options`; repeating the isolation level of a begun transaction is no change."""

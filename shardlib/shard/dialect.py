@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from copy import copy
+from typing import Any, Final
 
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg, PGDialectAsync_psycopg
 from sqlalchemy.engine import Connection, Engine
@@ -11,10 +12,14 @@ from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.pool.base import _AdhocProxiedConnection
 from sqlalchemy.sql.compiler import COLLECT_CARTESIAN_PRODUCTS
+from sqlalchemy.util import LRUCache
 
 from shardlib.errors import InvalidArgument
+from shardlib.route.hidden import OwnedOnlyCompiler
 
 __all__ = ["SharedDialect", "close_now"]
+
+_TWINS_MAX: Final = 16
 
 
 def close_now(driver_connection: Any) -> None:
@@ -33,11 +38,28 @@ def close_now(driver_connection: Any) -> None:
     raise RuntimeError("psycopg's AsyncConnection.close() waits; this release of psycopg is not supported")
 
 
-class _BlockingDialect(PGDialect_psycopg):
+class _OwnedOnly:
+    """A dialect that has twins of itself whose statements leave out rows which a shard holds but does not own."""
+
+    hidden_jobs: tuple[int, ...] = ()
+    """The jobs whose rows are left out."""
+
+    def without_rows_of(self, jobs: tuple[int, ...]) -> Any:
+        """The twin for these jobs. SQLAlchemy keeps compiled statements by dialect, so it has its own."""
+        twins: LRUCache[tuple[int, ...], Any] = self.__dict__.setdefault("_twins", LRUCache(_TWINS_MAX))
+        twin: Any = twins.get(jobs)
+        if twin is None:
+            twin = copy(self)
+            twin.hidden_jobs, twin.statement_compiler = jobs, OwnedOnlyCompiler
+            twins[jobs] = twin
+        return twin
+
+
+class _BlockingDialect(_OwnedOnly, PGDialect_psycopg):
     supports_statement_cache = True
 
 
-class _AsyncioDialect(PGDialectAsync_psycopg):
+class _AsyncioDialect(_OwnedOnly, PGDialectAsync_psycopg):
     """Closes at once: a cancelled task, or the garbage collector, cannot leave a connection half closed."""
 
     supports_statement_cache = True

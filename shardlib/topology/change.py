@@ -14,7 +14,16 @@ from shardlib.errors import InvalidTopology
 from shardlib.ring import TokenRange, build_ring, reassign
 from shardlib.topology.model import Gate, Shard, Table, Topology, highest_number
 
-__all__ = ["forget_tables", "give_gate", "initial", "move_ranges", "record_tables", "renew_gates", "with_shard"]
+__all__ = [
+    "forget_tables",
+    "give_gate",
+    "initial",
+    "move_ranges",
+    "record_tables",
+    "renew_gates",
+    "with_shard",
+    "without_shard",
+]
 
 
 def initial(shards: Sequence[Shard], *, hash_function: str, cluster_id: str, nonce: str) -> Topology:
@@ -67,6 +76,24 @@ def with_shard(topology: Topology, shard: Shard, *, nonce: str) -> Topology:
         gates=(*topology.gates, gate),
         next_gate=topology.next_gate + 1,
         next_shard=topology.next_shard + 1,
+        nonce=nonce,
+    )
+
+
+def without_shard(topology: Topology, shard_id: str, *, nonce: str) -> Topology:
+    """The topology without a shard that owns no token. Its number is not given out again.
+
+    Raises:
+        InvalidTopology: it owns tokens, or takes part in a move.
+    """
+    shard = topology.shard(shard_id)
+    if shard.id in topology.ring.shard_ids:
+        raise InvalidTopology(f"shard {shard.name!r} owns tokens", "drain it first")
+    if any(shard.id in (move.source, move.target) for move in topology.moves):
+        raise InvalidTopology(f"shard {shard.name!r} takes part in a move", "wait until the job is over")
+    return topology.evolve(
+        shards=tuple(other for other in topology.shards if other.id != shard.id),
+        gates=tuple(gate for gate in topology.gates if gate.shard_id != shard.id),
         nonce=nonce,
     )
 

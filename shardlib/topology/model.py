@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import pairwise
 from typing import NamedTuple
 
 from shardlib.dsn import Dsn
@@ -96,7 +97,8 @@ class Topology:
 
     Invariants, checked at construction: names and ids are unique; every owner in the ring is a shard; every shard
     that owns tokens has one default gate; gates with ranges belong to the owner of those ranges and do not overlap;
-    no gate number and no shard number (17 of `s17`) is at or past the next free one.
+    no gate number and no shard number (17 of `s17`) is at or past the next free one; no range moves twice, and what
+    moves is owned by the side that serves it.
 
     Raises:
         InvalidTopology: an invariant does not hold.
@@ -122,6 +124,7 @@ class Topology:
     _first: array[int] = field(init=False, repr=False)
     _special: tuple[tuple[int, int], ...] = field(init=False, repr=False)
     _tables: dict[str, Table] = field(init=False, repr=False)
+    _hidden: dict[str, tuple[int, ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -133,9 +136,15 @@ class Topology:
         for gate in self.gates:
             by_shard.setdefault(gate.shard_id, []).append(gate.number)
         put(self, "_gates", {shard_id: tuple(sorted(numbers)) for shard_id, numbers in by_shard.items()})
+        hidden: dict[str, set[int]] = {}
+        for move in self.moves:
+            where = move.target if move.state is MoveState.COPYING else move.source
+            hidden.setdefault(where, set()).add(move.job)
+        put(self, "_hidden", {shard_id: tuple(sorted(jobs)) for shard_id, jobs in hidden.items()})
         self._check_names()
         special = sorted((part.first, part.last, gate) for gate in self.gates for part in gate.ranges)
         self._check_gates(special)
+        self._check_moves()
         put(self, "_first", array("Q", (first for first, _, _ in special)))
         put(self, "_special", tuple((last, gate.number) for _, last, gate in special))
         put(self, "_owners", tuple(Place(self._by_id[i], self._default[i]) for i in self.ring.shard_ids))
@@ -184,6 +193,35 @@ class Topology:
                     _RESTORE,
                 )
 
+    def _check_moves(self) -> None:
+        taken: list[tuple[TokenRange, Move]] = []
+        for move in self.moves:
+            for end in (move.source, move.target):
+                if end not in self._by_id:
+                    raise InvalidTopology(
+                        f"topology {self.version}: job {move.job} moves rows of {end!r}, which is no shard", _RESTORE
+                    )
+            if move.source == move.target:
+                raise InvalidTopology(f"job {move.job} moves rows of {move.source!r} onto itself", _RESTORE)
+            owner = move.source if move.state is MoveState.COPYING else move.target
+            for part in move.ranges:
+                if not self.ring.owns(owner, part):
+                    raise InvalidTopology(
+                        f"topology {self.version}: job {move.job} moves ranges that {owner!r} does not own", _RESTORE
+                    )
+                taken.append((part, move))
+        taken.sort(key=lambda pair: pair[0])
+        for (before, _), (part, move) in pairwise(taken):
+            if part.first <= before.last:
+                raise InvalidTopology(f"a range of job {move.job} is moving twice", _RESTORE)
+
+    def hidden_on(self, shard_id: str) -> tuple[int, ...]:
+        """The jobs whose rows a scan of this shard must not see, rising.
+
+        They are the copies that arrive at a target, and those that stay on a source after the switch.
+        """
+        return self._hidden.get(shard_id, ())
+
     def place(self, token: int) -> Place:
         """The shard that owns a token and the gate that covers it there.
 
@@ -205,6 +243,14 @@ class Topology:
     def gates_of(self, shard_id: str) -> tuple[int, ...]:
         """The numbers of all gates of a shard, rising: what a statement that reads the whole shard must hold."""
         return self._gates.get(shard_id, ())
+
+    def scan_gates(self, shard_id: str) -> tuple[int, ...]:
+        """What a statement that reads the whole shard must hold: all gates, and the key tables of `hidden_on`.
+
+        The table of job 7, `shardlib.job_7_keys`, is number -7. One that is gone is refused like a closed gate.
+        """
+        gates = self.gates_of(shard_id)
+        return (*gates, *(-job for job in self.hidden_on(shard_id))) if self.moves else gates
 
     def default_gate(self, shard_id: str) -> int:
         """The number of a shard's default gate.

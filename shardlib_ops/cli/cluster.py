@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shardlib_ops.cli import render
+from shardlib_ops.cli import given, render
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,8 +18,6 @@ __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="A cluster out of PostgreSQL servers of your own.")
 
-# What may be shown of `--shard NAME=DSN`: without a name, what stands before the first `=` can hold a password.
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _VNODES = 256
 
 
@@ -31,12 +28,7 @@ def _group() -> None:
 
 @app.command()
 def create(
-    catalog: Annotated[
-        str,
-        typer.Option(
-            envvar="SHARDLIB_CATALOG", help="URL of the catalog: etcd://... or postgresql://...?catalog=NAME."
-        ),
-    ],
+    catalog: given.CatalogUrl,
     shard: Annotated[
         list[str],
         typer.Option(metavar="NAME=DSN", help="A shard and the DSN of its primary; once for each shard, in order."),
@@ -59,7 +51,7 @@ def create(
         ),
     ] = None,
     timeout: Annotated[int, typer.Option(help="Seconds to reach each server.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: given.AsJson = False,
 ) -> None:
     """Prepare databases as shards and publish the first topology in an empty catalog.
 
@@ -72,8 +64,7 @@ def create(
     from shardlib.errors import InvalidArgument
     from shardlib_ops.manager.bootstrap import create_cluster
 
-    if catalog.startswith("memory:"):
-        raise InvalidArgument("catalog", catalog, "a catalog that outlives this command: etcd:// or postgresql://")
+    given.lasting(catalog)
     if timeout < 1:
         raise InvalidArgument("timeout", timeout, "at least 1 second")
     shards = _shards(shard, replica or [], vnode_count or [])
@@ -97,13 +88,13 @@ def _shards(shards: list[str], replicas: list[str], counts: list[str]) -> list[N
 
     primaries: dict[str, Dsn] = {}
     for text in shards:
-        name, dsn = _named("shard", text)
+        name, dsn = given.named("shard", text)
         if name in primaries:
             raise InvalidArgument("shard", f"{name}=...", "each shard once; name its replicas with --replica")
         primaries[name] = Dsn(dsn)
     followers: dict[str, list[Dsn]] = {name: [] for name in primaries}
     for text in replicas:
-        name, dsn = _named("replica", text)
+        name, dsn = given.named("replica", text)
         followers[_known("replica", name, primaries)].append(Dsn(dsn))
     weights = dict.fromkeys(primaries, _VNODES)
     # A count for all first, wherever it stands: one shard's own goes before it.
@@ -114,15 +105,6 @@ def _shards(shards: list[str], replicas: list[str], counts: list[str]) -> list[N
         for each in [_known("vnode_count", name, primaries)] if name else list(primaries):
             weights[each] = int(count)
     return [NewShard(name, dsn, followers[name], weights[name]) for name, dsn in primaries.items()]
-
-
-def _named(option: str, text: str) -> tuple[str, str]:
-    from shardlib.errors import InvalidArgument
-
-    name, equals, dsn = text.partition("=")
-    if not _NAME.fullmatch(name) or not equals or not dsn:
-        raise InvalidArgument(option, "***", "NAME=DSN, such as shard-01=postgresql://app@db1/shop")
-    return name, dsn
 
 
 def _known(option: str, name: str, shards: Mapping[str, object]) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from shardlib_ops.cli import cluster, demo, local, render
+from shardlib_ops.cli import cluster, demo, local, render, reshard, resharder, shard
 
 __all__ = ["app", "main"]
 
@@ -24,6 +24,9 @@ app = typer.Typer(
 )
 app.add_typer(local.app, name="local")
 app.add_typer(cluster.app, name="cluster")
+app.add_typer(shard.app, name="shard")
+app.add_typer(reshard.app, name="reshard")
+app.add_typer(resharder.app, name="resharder")
 app.command()(demo.demo)
 
 
@@ -47,7 +50,8 @@ def _options(
 def main() -> None:
     """Run a command.
 
-    Exit codes: 0 done, 1 an error of shardlib, 2 wrong usage, 3 what was asked about does not run.
+    Exit codes: 0 done, 1 an error of shardlib or a job that failed, 2 wrong usage, 3 what was asked about does not run,
+    130 ended by a signal.
     """
     try:
         app()

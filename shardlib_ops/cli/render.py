@@ -6,14 +6,14 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "document", "failure", "program", "table"]
+__all__ = ["console", "document", "facts", "failure", "program", "table"]
 
 _PIPE_WIDTH = 240
 _PROGRAM = "shardlib-ops"
@@ -58,6 +58,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
     for row in rows:
         shown.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
     console().print(shown)
+
+
+def facts(said: Mapping[str, object]) -> None:
+    """Print one line for each fact, the values under each other."""
+    width = max(map(len, said), default=0)
+    for what, value in said.items():
+        console().print(f"{what:<{width}}  {value}", markup=False)
 
 
 def failure(error: Exception, *, as_json: bool) -> None:

@@ -23,7 +23,7 @@ from shardlib.token import hash_of
 from shardlib.topology import Shard, Topology
 from shardlib.topology.change import initial
 
-__all__ = ["NewShard", "create_cluster", "create_cluster_async"]
+__all__ = ["NewShard", "create_cluster", "create_cluster_async", "reached"]
 
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
 _ID: Final = re.compile(r"s[0-9]+")
@@ -101,7 +101,7 @@ def create_cluster(
     cluster_id = uuid.uuid4().hex
     topology = initial(ready, hash_function=hash_function, cluster_id=cluster_id, nonce=uuid.uuid4().hex)
     with ExitStack() as connections, ExitStack() as undo:
-        opened = [(shard, connections.enter_context(_reached(shard, connect_timeout_s))) for shard in ready]
+        opened = [(shard, connections.enter_context(reached(shard, connect_timeout_s))) for shard in ready]
         for shard, connection in opened:
             if not _has_schema(connection):
                 undo.callback(_take_back, connection, cluster_id)
@@ -145,7 +145,13 @@ def _refuse_if_held(catalog: Catalog, version: int | None) -> None:
         )
 
 
-def _reached(shard: Shard, timeout_s: int) -> psycopg.Connection[Any]:
+def reached(shard: Shard, timeout_s: int) -> psycopg.Connection[Any]:
+    """A connection to a shard's primary, which is fit to be one; the caller closes it.
+
+    Raises:
+        ShardUnavailable: no answer in time.
+        UnsupportedOperation: it is a replica, or too old.
+    """
     text = shard.primary.reveal()
     try:
         connection = psycopg.connect(

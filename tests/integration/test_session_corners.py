@@ -484,3 +484,17 @@ def test_a_function_of_the_database_is_not_answered_by_one_shard(facade: Any, ke
     facade.session(lambda s: (s.add_all([customer(key) for key in keys]), s.commit()), twophase=True)
     with pytest.raises(errors.ShardlibError):
         facade.session(lambda s: s.scalar(statement))
+
+
+def test_unique_keeps_apart_objects_that_nobody_holds(facade: Any) -> None:
+    """Objects are told apart by `id()`, and that of a collected one is used again: by a row of another shard."""
+
+    def body(s: Any) -> None:
+        s.execute(insert(Customer), [{"tenant_id": f"t{n}", "id": 1, "name": "x"} for n in range(300)])
+        s.flush()
+        assert sum(1 for _ in s.scalars(select(Customer)).unique()) == 300
+        assert sum(1 for _ in s.execute(select(Customer)).unique()) == 300
+        assert sum(1 for _ in s.execute(select(Customer)).scalars().unique()) == 300
+        s.rollback()
+
+    facade.session(body, twophase=True)

@@ -40,10 +40,13 @@ def topologies(draw: st.DrawFn, version: int = 1) -> Topology:
         for number in numbers
     )
     ring = Ring(ring_tokens, [order.index(owner) for owner in owners], [f"s{number}" for number in order])
-    moves = tuple(
-        Move(job, ring.ranges_of(ring.shard_ids[0]), ring.shard_ids[0], shards[0].id, draw(st.sampled_from(MoveState)))
-        for job in range(draw(st.integers(0, 2)))
-    )
+    owner = ring.shard_ids[0]
+    others = [shard.id for shard in shards if shard.id != owner]
+    moves = []
+    for job, part in enumerate(ring.ranges_of(owner)[: draw(st.integers(0, 2))] if others else ()):
+        state, other = draw(st.sampled_from(MoveState)), draw(st.sampled_from(others))
+        ends = (owner, other) if state is MoveState.COPYING else (other, owner)
+        moves.append(Move(job, (part,), *ends, state))
     return Topology(
         version=version,
         cluster_id=draw(st.text(max_size=20)),
@@ -55,7 +58,7 @@ def topologies(draw: st.DrawFn, version: int = 1) -> Topology:
             Table(name, ("key",) * draw(st.integers(0, 1)))
             for name in draw(st.sets(st.text("abc", min_size=1, max_size=5), max_size=4))
         ),
-        moves=moves,
+        moves=tuple(moves),
         next_shard=2001,
         next_gate=100,
         nonce=draw(st.text(min_size=1, max_size=20)),

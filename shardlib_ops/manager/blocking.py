@@ -1,0 +1,127 @@
+"""The manager for scripts: the same coroutines, run to their end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from shardlib.topology import Shard, Topology
+from shardlib_ops.reshard.job import Job
+
+if TYPE_CHECKING:
+    from shardlib_ops.manager.manager import Manager, Target
+    from shardlib_ops.reshard.plan import Plan
+
+__all__ = ["BlockingManager"]
+
+T = TypeVar("T")
+
+
+class BlockingManager:
+    """`Manager`, without `await`: `Manager.sync(url)` makes one. Arguments, answers and errors are those of `Manager`.
+
+    Use it as a context manager, or `close()` it. Not for code that runs in an event loop.
+    """
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+        self._runner = asyncio.Runner()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, call: Coroutine[Any, Any, T]) -> T:
+        return self._runner.run(call)
+
+    def close(self) -> None:
+        """As `Manager.close`."""
+        self._run(self._manager.close())
+        self._runner.close()
+
+    def topology(self) -> Topology:
+        """As `Manager.topology`."""
+        return self._run(self._manager.topology())
+
+    def list_shards(self) -> list[Shard]:
+        """As `Manager.list_shards`."""
+        return self._run(self._manager.list_shards())
+
+    def get_shard(self, shard: str) -> Shard:
+        """As `Manager.get_shard`."""
+        return self._run(self._manager.get_shard(shard))
+
+    def create_shard(
+        self, name: str, *, primary_endpoint: str, replicas: Sequence[str] = (), vnode_count: int = 256
+    ) -> Shard:
+        """As `Manager.create_shard`."""
+        return self._run(
+            self._manager.create_shard(
+                name, primary_endpoint=primary_endpoint, replicas=replicas, vnode_count=vnode_count
+            )
+        )
+
+    def delete_shard(self, shard: str) -> None:
+        """As `Manager.delete_shard`."""
+        self._run(self._manager.delete_shard(shard))
+
+    def split(
+        self, source: str, *, targets: Sequence[Target], keep: int | None = None, retention_s: float | None = None
+    ) -> Job:
+        """As `Manager.split`."""
+        return self._run(self._manager.split(source, targets=targets, keep=keep, retention_s=retention_s))
+
+    def merge(self, sources: Sequence[str], *, target: Target, retention_s: float | None = None) -> Job:
+        """As `Manager.merge`."""
+        return self._run(self._manager.merge(sources, target=target, retention_s=retention_s))
+
+    def rebalance(self, *, target: Target, retention_s: float | None = None) -> Job:
+        """As `Manager.rebalance`."""
+        return self._run(self._manager.rebalance(target=target, retention_s=retention_s))
+
+    def drain(self, shard: str, *, retention_s: float | None = None) -> Job:
+        """As `Manager.drain`."""
+        return self._run(self._manager.drain(shard, retention_s=retention_s))
+
+    def move_keys(self, keys: Sequence[object], *, target: Target, retention_s: float | None = None) -> Job:
+        """As `Manager.move_keys`."""
+        return self._run(self._manager.move_keys(keys, target=target, retention_s=retention_s))
+
+    def plan(self, kind: str, **arguments: Any) -> Plan:
+        """The plan of a job: the method `kind` of `Manager` with `dry_run=True`, as in `plan("drain", shard="a")`."""
+        planned: Plan = self._run(getattr(self._manager, kind)(**arguments, dry_run=True))
+        return planned
+
+    def list_jobs(self) -> list[Job]:
+        """As `Manager.list_jobs`."""
+        return self._run(self._manager.list_jobs())
+
+    def get_job(self, job_id: int) -> Job:
+        """As `Manager.get_job`."""
+        return self._run(self._manager.get_job(job_id))
+
+    def pause(self, job_id: int) -> Job:
+        """As `Manager.pause`."""
+        return self._run(self._manager.pause(job_id))
+
+    def resume(self, job_id: int) -> Job:
+        """As `Manager.resume`."""
+        return self._run(self._manager.resume(job_id))
+
+    def cancel(self, job_id: int) -> Job:
+        """As `Manager.cancel`."""
+        return self._run(self._manager.cancel(job_id))
+
+    def rollback(self, job_id: int) -> Job:
+        """As `Manager.rollback`."""
+        return self._run(self._manager.rollback(job_id))
+
+    def complete(self, job_id: int) -> Job:
+        """As `Manager.complete`."""
+        return self._run(self._manager.complete(job_id))

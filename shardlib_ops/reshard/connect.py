@@ -1,0 +1,132 @@
+"""Connections of a job's runner to the servers of its shards: pinned settings, a deadline, a name to be found by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import psycopg
+from psycopg import AsyncConnection
+from psycopg import errors as pg
+
+from shardlib.dsn import Dsn, scrub
+from shardlib.errors import ShardUnavailable
+
+__all__ = ["SETTINGS", "Runner", "connect", "connect_blocking", "is_lost", "is_superseded"]
+
+SETTINGS: Final = {
+    # A value has one text on every server of a cluster: rows travel and are compared as text.
+    "datestyle": "ISO, YMD",
+    "timezone": "UTC",
+    "intervalstyle": "postgres",
+    "bytea_output": "hex",
+    "extra_float_digits": "1",
+    "lc_monetary": "C",
+    "quote_all_identifiers": "off",
+    "search_path": "",
+    # A copy takes as long as it takes; what waits for a lock says how long itself.
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+}
+"""What each connection of a job sets, whatever the role's or the database's own settings are."""
+
+_SUPERSEDED: Final = "SL001"
+_TRANSACTION_TIMEOUT_SINCE: Final = 17_00_00
+
+
+class Runner:
+    """Who is at work: the job and the token of the lease it is held by. Names the connections.
+
+    Attributes:
+        job: id of the job.
+        token: fencing token of the lease; a later holder has a higher one.
+    """
+
+    __slots__ = ("job", "token")
+
+    def __init__(self, job: int, token: int) -> None:
+        self.job, self.token = job, token
+
+    def application(self, what: str) -> str:
+        """`application_name` of a connection."""
+        return f"shardlib job {self.job} {self.token} {what}"
+
+
+async def connect(
+    dsn: Dsn, *, shard: str, application: str, replication: bool = False, timeout_s: int = 5, **more: Any
+) -> AsyncConnection[Any]:
+    """An autocommit connection with the settings of `SETTINGS`; the caller closes it.
+
+    Args:
+        dsn: where to.
+        shard: the shard's name, for messages.
+        application: `application_name`, see `Runner.application`.
+        replication: for the replication protocol of this database.
+        timeout_s: whole seconds for connecting.
+        more: further parameters of libpq.
+
+    Raises:
+        ShardUnavailable: no answer in time, or the server refused; the message holds no password.
+    """
+    if replication:
+        more["replication"] = "database"
+    try:
+        connection = await AsyncConnection.connect(_conninfo(dsn, application, timeout_s, more), autocommit=True)
+    except psycopg.Error as error:
+        raise ShardUnavailable(shard, scrub(str(error).strip(), dsn.reveal())) from None
+    try:
+        if not replication and connection.info.server_version >= _TRANSACTION_TIMEOUT_SINCE:
+            await connection.execute("SET transaction_timeout = 0")
+    except BaseException:
+        await connection.close()
+        raise
+    return connection
+
+
+def connect_blocking(
+    dsn: Dsn, *, shard: str, application: str, timeout_s: int = 5, **more: Any
+) -> psycopg.Connection[Any]:
+    """As `connect`, for what runs in a thread.
+
+    Raises:
+        ShardUnavailable: as `connect`.
+    """
+    try:
+        connection = psycopg.connect(_conninfo(dsn, application, timeout_s, more), autocommit=True)
+    except psycopg.Error as error:
+        raise ShardUnavailable(shard, scrub(str(error).strip(), dsn.reveal())) from None
+    if connection.info.server_version >= _TRANSACTION_TIMEOUT_SINCE:
+        connection.execute("SET transaction_timeout = 0")
+    return connection
+
+
+def _conninfo(dsn: Dsn, application: str, timeout_s: int, more: Mapping[str, object]) -> str:
+    options = [f"-c {name}={value.replace(' ', chr(92) + ' ')}" for name, value in SETTINGS.items()]
+    return dsn.conninfo(
+        connect_timeout=timeout_s,
+        application_name=application,
+        options=" ".join(options),
+        keepalives_idle=10,
+        keepalives_interval=5,
+        keepalives_count=3,
+        tcp_user_timeout=20_000,
+        **more,
+    )
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that a server went away or is not there, so that the same may be tried again later."""
+    if isinstance(error, ShardUnavailable):
+        return True
+    if not isinstance(error, psycopg.Error):
+        return False
+    state = error.sqlstate
+    if state is None:
+        return isinstance(error, psycopg.OperationalError)
+    return state.startswith(("08", "57P", "53")) or isinstance(error, pg.QueryCanceled)
+
+
+def is_superseded(error: BaseException) -> bool:
+    """Whether a shard refused since another runner has taken the job."""
+    return isinstance(error, psycopg.Error) and error.sqlstate == _SUPERSEDED

@@ -1,0 +1,159 @@
+"""Runs jobs: takes a job's lease, gives the job a world, and drives it until it rests."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+from collections.abc import Awaitable, Callable
+from os import getpid
+from types import TracebackType
+from typing import Final, Self
+
+from shardlib.catalog import Catalog, Lease, open_catalog
+from shardlib.errors import CatalogUnavailable
+from shardlib_ops.reshard.cutover import Limits
+from shardlib_ops.reshard.job import Job
+from shardlib_ops.reshard.runner import JobRunner
+from shardlib_ops.reshard.servers import Servers
+from shardlib_ops.reshard.store import JobStore
+from shardlib_ops.reshard.world import Superseded
+
+__all__ = ["Resharder"]
+
+_log = logging.getLogger("shardlib.reshard")
+_LEASE_WAIT_S: Final = 1.0
+_LOOK_S: Final = 1.0
+_BACK_OFF_S: Final = (0.2, 0.5, 1.0, 3.0)
+
+
+async def _unheard(step: str) -> None:
+    """The step callback of who does not want to know."""
+
+
+class Resharder:
+    """Runs resharding jobs of one cluster. Any number of resharders may run: each job has one runner at a time.
+
+    Args:
+        url: the catalog, such as `etcd://127.0.0.1:2379/shop`.
+        limits: of the cutover: how long the moving ranges may be closed, and when to try.
+        workers: connections that copy rows side by side, for each leg.
+        purge_rows_per_s: rows that the cleanup deletes in a second, at most.
+        lease_ttl_s: seconds after which a runner that does not answer is replaced, 2 to 120.
+        on_step: awaited with the name of each step of a job when it is done.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        limits: Limits | None = None,
+        workers: int = 2,
+        purge_rows_per_s: int = 20_000,
+        lease_ttl_s: float = 10.0,
+        on_step: Callable[[str], Awaitable[None]] | None = None,
+    ) -> None:
+        self._catalog: Catalog = open_catalog(url)
+        self._limits = limits or Limits()
+        self._workers, self._purge_rows_per_s, self._lease_ttl_s = workers, purge_rows_per_s, lease_ttl_s
+        self._step = on_step or _unheard
+        self._holder = f"{socket.gethostname()}/{getpid()}"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Give leases up and close the catalog; idempotent."""
+        await asyncio.to_thread(self._catalog.close)
+
+    async def run(self, job_id: int, *, complete: bool = False) -> Job:
+        """Run a job until it rests: it is over, or waits in `validation` for `complete` or `rollback`.
+
+        While another runner has the job, this one waits and takes over when that one is gone. Servers and a catalog
+        that are away are waited for.
+
+        Args:
+            job_id: which job.
+            complete: do not rest in `validation`, complete at once.
+
+        Raises:
+            InvalidTopology: there is no such job.
+        """
+        return await self._run(job_id, complete=complete, stay=False)
+
+    async def serve(self) -> None:
+        """Take whatever job is open, side by side, until cancelled.
+
+        Jobs in `validation` are kept in step until the operator decides or their retention is over.
+        """
+        running: dict[int, asyncio.Task[Job]] = {}
+        async with asyncio.TaskGroup() as group:
+            while True:
+                running = {job_id: task for job_id, task in running.items() if not task.done()}
+                try:
+                    jobs = await asyncio.to_thread(JobStore(self._catalog).all)
+                except CatalogUnavailable as error:
+                    _log.warning("the jobs cannot be listed now: %s", error)
+                    jobs = []
+                for job in jobs:
+                    if not job.status.over and job.id not in running:
+                        running[job.id] = group.create_task(self._run(job.id, complete=False, stay=True))
+                await asyncio.sleep(_LOOK_S * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
+
+    async def _run(self, job_id: int, *, complete: bool, stay: bool) -> Job:
+        failures = 0
+        while True:
+            try:
+                job = await asyncio.to_thread(JobStore(self._catalog).load, job_id)
+                if job.status.over:
+                    return job
+                lease = await asyncio.to_thread(
+                    self._catalog.acquire,
+                    f"job-{job_id}",
+                    ttl_s=self._lease_ttl_s,
+                    holder=self._holder,
+                    wait_s=_LEASE_WAIT_S,
+                )
+                if lease is None:
+                    continue
+                try:
+                    return await self._drive(job_id, lease, complete=complete, stay=stay)
+                finally:
+                    await asyncio.to_thread(lease.release)
+            except (CatalogUnavailable, Superseded) as error:
+                _log.warning("job %d: %s", job_id, error)
+                pause_s = _BACK_OFF_S[min(failures, len(_BACK_OFF_S) - 1)]
+                failures += 1
+                await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
+
+    async def _drive(self, job_id: int, lease: Lease, *, complete: bool, stay: bool) -> Job:
+        store = JobStore(self._catalog)
+        job = await asyncio.to_thread(store.load, job_id)  # as it is now that nobody else writes it
+        topology = await asyncio.to_thread(self._catalog.load)
+        world = Servers(
+            self._catalog,
+            lease,
+            job,
+            topology,
+            store=store,
+            workers=self._workers,
+            purge_rows_per_s=self._purge_rows_per_s,
+        )
+        try:
+            runner = JobRunner(world, job, limits=self._limits, complete=complete, stay=stay, step=self._told(job_id))
+            return await runner.go()
+        finally:
+            await world.close()
+
+    def _told(self, job_id: int) -> Callable[[str], Awaitable[None]]:
+        async def told(step: str) -> None:
+            _log.debug("job %d: %s", job_id, step)
+            await self._step(step)
+
+        return told

@@ -1,0 +1,350 @@
+"""Drives one job from phase to phase until it rests.
+
+There is one way through a job, and it is the way a runner takes that finds the job half done: look at the topology and
+the record, do the next thing, look again. A server that went away, a runner that was killed and a step that was blocked
+all end in a second look. What counts as done is only what the topology and the shards themselves hold; the record may
+lag behind them by one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from shardlib.errors import InvalidTopology
+from shardlib.topology import Topology
+from shardlib.topology.model import MoveState
+from shardlib.topology.moving import announce, finish, moves_of
+from shardlib_ops.reshard.control import Direction
+from shardlib_ops.reshard.cutover import Cutover, Limits, Outcome, ready, reopen
+from shardlib_ops.reshard.gates import change, sweep
+from shardlib_ops.reshard.job import Job, Status, Wish
+from shardlib_ops.reshard.together import together
+from shardlib_ops.reshard.world import Blocked, Failure, Flow, Lost, Superseded, World
+
+__all__ = ["JobRunner"]
+
+_BACK_OFF_S: Final = (0.1, 0.3, 1.0, 3.0)
+_LOOK_S: Final = 0.25
+_SWEEP_S: Final = 5.0
+_ROUNDS_MAX: Final = 5
+_SEQUENCE_MARGIN: Final = 1_000
+
+
+class _Cancelled(Exception):  # noqa: N818 - the operator's wish, seen between two chunks
+    pass
+
+
+class JobRunner:
+    """One job in one world.
+
+    Args:
+        world: held by this runner under the job's lease.
+        job: its record as it is stored.
+        limits: of the cutover.
+        complete: go through the validation window at once.
+        stay: keep both sides in step until the operator decides; else the job rests there.
+        step: told the name of each step when it is done.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        job: Job,
+        *,
+        limits: Limits,
+        complete: bool = False,
+        stay: bool = False,
+        step: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self.world, self.job, self.limits = world, job.checked(), limits
+        self._complete, self._stay, self._told = complete, stay, step
+
+    async def go(self) -> Job:
+        """Until the job is over, or rests in `validation`.
+
+        Raises:
+            Superseded: another runner has the job.
+        """
+        failures = 0
+        while True:
+            try:
+                if await self._advance():
+                    return self.job
+                failures = 0
+            except _Cancelled:
+                continue
+            except Failure as failure:
+                await self._fail(str(failure))
+            except (Lost, Blocked, TimeoutError) as error:
+                await self._note(str(error) or "a step took too long")
+                pause_s = _BACK_OFF_S[min(failures, len(_BACK_OFF_S) - 1)]
+                failures += 1
+                await self.world.sleep(pause_s * (0.5 + self.world.jitter()))
+
+    async def _step(self, name: str) -> None:
+        await self._told(name)
+
+    async def _save(self, job: Job) -> None:
+        await self.world.save(job)
+        self.job = job
+
+    async def _to(self, status: Status, **changes: Any) -> None:
+        await self._save(self.job.to(status, **changes))
+        await self._step(f"status_{status.value}")
+
+    async def _note(self, error: str) -> None:
+        """Write down what the job waits for, if that can be written down now."""
+        if self.job.error == error or self.job.status.over:
+            return
+        try:
+            await self._save(self.job.changed(error=error))
+        except Lost:
+            self.job = self.job.changed(error=error)
+
+    async def _fail(self, reason: str) -> None:
+        """Before the switch the job is undone; after it there is nothing to undo, and the operator decides."""
+        try:
+            if self.job.status in (Status.VALIDATION, Status.CLEANUP):
+                await self._note(reason)
+                await self.world.sleep(_BACK_OFF_S[-1])
+                return
+            state = self._state(await self.world.topology())
+            if state is MoveState.SWITCHED:
+                await self._note(reason)
+            else:
+                await self._undo(Status.FAILED, reason, announced=state is not None)
+        except (Lost, Blocked) as error:
+            await self._note(f"{reason}; and {error}")
+            await self.world.sleep(_BACK_OFF_S[-1])
+
+    async def _undo(self, outcome: Status, reason: str | None, *, announced: bool) -> None:
+        """Go back, when it is certain that no swap of an earlier attempt can still switch the ranges."""
+        if announced:
+            await reopen(self.world, self.job, self.job.sources, self.world.nonce)
+        await self._to(Status.CLEANUP, outcome=outcome, error=reason)
+
+    def _state(self, topology: Topology) -> MoveState | None:
+        """Where the rows are, by the one record that counts."""
+        moves = moves_of(topology, self.job.id)
+        return moves[0].state if moves else None
+
+    async def _advance(self) -> bool:
+        """Do the next thing; whether the job rests."""
+        if self.job.status.over:
+            return True
+        await together(self.world.side(shard_id).claim() for shard_id in self.job.shards)
+        await self._step("claimed")
+        if self.job.started_at is None:
+            await self._save(self.job.changed(started_at=self.world.stamp()))
+        state = self._state(await self.world.topology())
+        if self.job.status is Status.CLEANUP:
+            await self._clean_up()
+            return True
+        if state is MoveState.SWITCHED:
+            if self.job.status not in (Status.CUTOVER, Status.VALIDATION):
+                raise Superseded(f"job {self.job.id} is switched, and was not that far when this runner read it")
+            if self.job.status is not Status.VALIDATION:
+                await self._to(Status.VALIDATION, switched_at=self.world.stamp(), error=None)
+            return await self._validate()
+        if self.job.status is Status.VALIDATION:
+            await self._to(Status.CLEANUP, outcome=Status.ROLLED_BACK, error=None)
+        elif await self.world.wish() is Wish.CANCEL:
+            await self._undo(Status.CANCELLED, None, announced=state is not None)
+        else:
+            if self.job.status is Status.PENDING:
+                await self._prepare(announced=state is not None)
+            await self._copy_and_switch()
+        return False
+
+    async def _prepare(self, *, announced: bool) -> None:
+        for leg in self.job.legs:
+            await self.world.schema_before_rows(leg)
+        await self._step("schema_copied")
+        await together(self.world.side(shard_id).prepare() for shard_id in self.job.shards)
+        await self._step("sides_prepared")
+        if not announced:
+            await change(self.world, self._announced)
+        await self._step("announced")
+        # From here on every transaction knows of the moves, or is refused.
+        await sweep(self.world, self.job.shards, budget_s=_SWEEP_S)
+        await self._to(Status.PRECOPY, error=None)
+
+    def _announced(self, found: Topology) -> Topology:
+        if self._state(found) is not None:
+            # A swap whose answer was lost has arrived after all, or another runner was faster.
+            raise Blocked("the job's moves were announced meanwhile")
+        try:
+            return announce(found, self.job.moves, nonce=self.world.nonce())
+        except InvalidTopology as error:
+            raise Failure(str(error)) from error
+
+    def _finished(self, found: Topology) -> Topology:
+        if self._state(found) is None:
+            raise Blocked("the job's moves were taken away meanwhile")
+        return finish(found, self.job.id, nonce=self.world.nonce())
+
+    async def _pause(self) -> None:
+        """Awaited between two pieces of long work: obeys the operator."""
+        while True:
+            wish = await self.world.wish()
+            if wish is Wish.CANCEL:
+                raise _Cancelled
+            if wish is not Wish.PAUSE:
+                break
+            if not self.job.paused:
+                await self._save(self.job.changed(paused=True))
+            await self.world.sleep(_LOOK_S)
+        if self.job.paused:
+            await self._save(self.job.changed(paused=False))
+
+    def _flows(self, direction: Direction) -> dict[int, Flow]:
+        return {leg.number: self.world.flow(leg, direction) for leg in self.job.legs}
+
+    async def _copy_and_switch(self) -> None:
+        await reopen(self.world, self.job, self.job.sources, self.world.nonce)
+        await sweep(self.world, self.job.shards, budget_s=_SWEEP_S)
+        for leg in self.job.legs:
+            if not await self.world.copied(leg):
+                if self.job.status is not Status.PRECOPY:
+                    await self._to(Status.PRECOPY, compared={}, error="the copy is made anew: its stream was lost")
+                await self.world.copy(leg, self._pause)
+                await self._step("leg_copied")
+        if self.job.status is Status.PRECOPY:
+            for leg in self.job.legs:
+                await self.world.schema_after_rows(leg)
+            await self._step("schema_finished")
+            await self._to(Status.DELTASYNC, error=None)
+        flows = self._flows("forward")
+        async with self.world.running(list(flows.values())):
+            await self._compare(flows)
+            for flow in self._flows("reverse").values():
+                await flow.create_slot()
+            await self._step("reverse_slots")
+            cutover = Cutover(self.world, self.job, "forward", flows, self.limits, self._step, self.world.nonce)
+            await self._attempts(cutover)
+        await self._to(Status.VALIDATION, switched_at=self.world.stamp(), error=None)
+
+    async def _compare(self, flows: dict[int, Flow]) -> None:
+        """The whole of each leg once, while it runs."""
+        for leg in self.job.legs:
+            if leg.number not in self.job.compared:
+                result = await self.world.compare(leg, flows[leg.number], since=None)
+                await self._save(self.job.changed(compared={**self.job.compared, leg.number: result.lsn}))
+                await self._step("leg_compared")
+
+    async def _compare_changed(self, flows: dict[int, Flow]) -> None:
+        """Rounds over what changed since, until little enough is left for the closed window."""
+        for leg in self.job.legs:
+            for _ in range(_ROUNDS_MAX):
+                result = await self.world.compare(leg, flows[leg.number], since=self.job.compared[leg.number])
+                await self._save(self.job.changed(compared={**self.job.compared, leg.number: result.lsn}))
+                if result.keys <= self.limits.changed_keys:
+                    break
+
+    async def _attempts(self, cutover: Cutover) -> None:
+        """Until one attempt has switched.
+
+        Raises:
+            Mismatch: the sides differ.
+        """
+        flows = dict(cutover.flows)
+        pause_s = self.limits.pause_s
+        while True:
+            await self._pause()
+            if (waiting := ready([flow.lag_bytes for flow in flows.values()], self.limits)) is not None:
+                await self._note(waiting)
+                await self.world.sleep(_LOOK_S * (0.5 + self.world.jitter()))
+                continue
+            if cutover.direction == "forward":
+                await self._compare_changed(flows)
+                for leg in self.job.legs:
+                    await self.world.advance_sequences(leg, "forward", ahead=_SEQUENCE_MARGIN)
+            await sweep(self.world, cutover.serving, budget_s=_SWEEP_S)
+            number = self.job.attempts + 1
+            if cutover.direction == "forward" and self.job.status is Status.DELTASYNC:
+                await self._to(Status.CUTOVER, attempts=number)
+            else:
+                await self._save(self.job.changed(attempts=number))
+            compared = self.job.compared if cutover.direction == "forward" else {}
+            if await cutover.attempt(number, compared) is Outcome.SWITCHED:
+                return
+            await self._note(f"attempt {number} gave way: {cutover.waiting_for}")
+            await self.world.sleep(pause_s * (0.5 + self.world.jitter()))
+            pause_s = min(self.limits.pause_max_s, pause_s * 2)
+
+    async def _validate(self) -> bool:
+        """Both sides in step, the targets serve; whether the job rests here."""
+        await together(self.world.side(shard_id).guard(active=True) for shard_id in self.job.sources)
+        await reopen(self.world, self.job, self.job.targets, self.world.nonce)
+        for flow in self._flows("forward").values():
+            await flow.drop_slot()
+        await self._step("forward_stopped")
+        flows = self._flows("reverse")
+        if not all([await flow.usable() for flow in flows.values()]):
+            return await self._one_way()
+        since = self.world.now()
+        async with self.world.running(list(flows.values())):
+            while True:
+                wish = await self.world.wish()
+                if wish is Wish.ROLLBACK:
+                    await sweep(self.world, self.job.targets, budget_s=_SWEEP_S)
+                    await self._attempts(
+                        Cutover(self.world, self.job, "reverse", flows, self.limits, self._step, self.world.nonce)
+                    )
+                    await self._to(Status.CLEANUP, outcome=Status.ROLLED_BACK, error=None)
+                    return False
+                if self._may_complete(wish, since):
+                    break
+                if not self._stay and ready([flow.lag_bytes for flow in flows.values()], self.limits) is None:
+                    return True
+                await self.world.sleep(_LOOK_S)
+        await self._to(Status.CLEANUP, outcome=Status.COMPLETED, purging=True, error=None)
+        return False
+
+    def _may_complete(self, wish: Wish, since: float) -> bool:
+        kept = self.job.retention_s is not None and self.world.now() - since >= self.job.retention_s
+        return wish is Wish.COMPLETE or self._complete or kept
+
+    async def _one_way(self) -> bool:
+        """The way back is lost with its stream: only completing is left, and the operator is told."""
+        wish = await self.world.wish()
+        if self._may_complete(wish, float("-inf") if self.job.retention_s is not None else self.world.now()):
+            await self._to(Status.CLEANUP, outcome=Status.COMPLETED, purging=True, error=None)
+            return False
+        await self._note("the stream back to the old side is lost: `rollback` is not possible, `complete` is")
+        if not self._stay:
+            return True
+        await self.world.sleep(_LOOK_S * 4)
+        return False
+
+    async def _clean_up(self) -> None:
+        """Remove what is not wanted any more, whichever way the job went."""
+        outcome = self.job.outcome or Status.FAILED
+        done = outcome is Status.COMPLETED
+        serving = self.job.targets if done else self.job.sources
+        if self._state(await self.world.topology()) is not None:
+            await reopen(self.world, self.job, serving, self.world.nonce)
+            await self._drop_slots()
+            await self._step("slots_dropped")
+            old = {leg.source if done else leg.target: leg for leg in self.job.legs}
+            for shard_id, leg in old.items():
+                await self.world.purge(leg, shard_id, self._breathe)
+                await self._step("shard_purged")
+            await change(self.world, self._finished)
+            await self._step("finished")
+        await self._drop_slots()
+        # Nobody's scans may look at the key tables any more when they are dropped.
+        await sweep(self.world, self.job.shards, budget_s=_SWEEP_S)
+        await together(self.world.side(shard_id).retire() for shard_id in self.job.shards)
+        await self._step("retired")
+        await self._to(outcome, completed_at=self.world.stamp())
+
+    async def _drop_slots(self) -> None:
+        flows: list[Flow] = [*self._flows("forward").values(), *self._flows("reverse").values()]
+        await together(flow.drop_slot() for flow in flows)
+
+    async def _breathe(self) -> None:
+        """Awaited between two batches of a purge, which nothing interrupts but a pause."""
+        while await self.world.wish() is Wish.PAUSE:
+            await self.world.sleep(_LOOK_S)

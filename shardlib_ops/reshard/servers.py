@@ -1,0 +1,410 @@
+"""The real world of a job: PostgreSQL servers, the catalog, the clock."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any, Final, TypeVar
+
+from psycopg import AsyncConnection
+
+from shardlib.catalog import Catalog, Conflict, Lease
+from shardlib.errors import CatalogUnavailable
+from shardlib.topology import Topology
+from shardlib_ops.reshard.cleanup import purge
+from shardlib_ops.reshard.connect import Runner
+from shardlib_ops.reshard.control import Direction, position, start_position
+from shardlib_ops.reshard.copy import ExportedSnapshot, collect_keys, copy_tables, empty_half_copied, export_snapshot
+from shardlib_ops.reshard.job import Job, Leg, Wish
+from shardlib_ops.reshard.link import Link
+from shardlib_ops.reshard.schema import (
+    advance_sequences,
+    copy_after_rows,
+    copy_before_rows,
+)
+from shardlib_ops.reshard.side import ShardSide, translated
+from shardlib_ops.reshard.store import JobStore
+from shardlib_ops.reshard.stream import Stream, create_slot, drop_slot, slot_state
+from shardlib_ops.reshard.together import first_of, together
+from shardlib_ops.reshard.validate import compare_changed, compare_closed, compare_whole
+from shardlib_ops.reshard.world import Blocked, Compared, Flow, Lost, Superseded
+
+__all__ = ["Servers"]
+
+T = TypeVar("T")
+
+_WISH_S: Final = 0.2
+_LEASE_LOOK_S: Final = 0.5
+_SLOT_S: Final = 10.0
+_SNAPSHOT_S: Final = 30.0
+
+
+class Servers:
+    """The world of one job, while this process holds the job's lease.
+
+    Args:
+        catalog: where the topology and the job's record are.
+        lease: the job's, as `catalog` gave it.
+        job: its record.
+        topology: the present one; names the shards' servers.
+        store: that the record was read by.
+        workers: connections that copy side by side, for each leg.
+        purge_rows_per_s: limit of the cleanup.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        lease: Lease,
+        job: Job,
+        topology: Topology,
+        *,
+        store: JobStore,
+        workers: int = 2,
+        purge_rows_per_s: int = 20_000,
+    ) -> None:
+        self._catalog, self._lease, self._job_id = catalog, lease, job.id
+        self._store = store
+        self._topology = topology
+        self._workers, self._purge_rows_per_s = workers, purge_rows_per_s
+        self.runner = Runner(job.id, lease.token)
+        self.tables = tuple(table for table in topology.tables if not table.reference)
+        self.references = tuple(table for table in topology.tables if table.reference)
+        self._sides = {
+            shard_id: ShardSide(
+                job,
+                self.runner,
+                topology.shard_by_id(shard_id),
+                self.tables,
+                hash_function=topology.hash_function,
+                cluster_id=topology.cluster_id,
+            )
+            for shard_id in job.shards
+        }
+        self._flows: dict[tuple[int, Direction], _StreamFlow] = {}
+        self._kept: dict[int, tuple[AsyncConnection[Any], AsyncConnection[Any]]] = {}
+        self._wish: tuple[float, Wish] | None = None
+        self.now: Callable[[], float] = time.monotonic
+        self.sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+        self.jitter: Callable[[], float] = random.random
+        self.stamp: Callable[[], str] = lambda: datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.nonce: Callable[[], str] = lambda: uuid.uuid4().hex
+
+    async def close(self) -> None:
+        """Close every connection; idempotent."""
+        await together(side.close() for side in self._sides.values())
+        kept, self._kept = self._kept, {}
+        await together(conn.close() for pair in kept.values() for conn in pair)
+
+    async def topology(self) -> Topology:
+        """See `World.topology`."""
+        self._topology = await self._ask(lambda: self._catalog.load(self._topology))
+        return self._topology
+
+    async def publish(self, after: Topology, *, expected: int) -> bool:
+        """See `World.publish`."""
+        self._held()
+        try:
+            await self._ask(lambda: self._catalog.publish(after, expected=expected, lease=self._lease))
+        except Conflict:
+            self._held()
+            return False
+        return True
+
+    async def save(self, job: Job) -> None:
+        """See `World.save`."""
+        self._held()
+        try:
+            await self._ask(lambda: self._store.save(job, self._lease))
+        except Conflict:
+            raise Superseded(f"the record of job {job.id} was changed by another runner") from None
+
+    async def wish(self) -> Wish:
+        """See `World.wish`. While the catalog does not answer, the last one holds."""
+        self._held()
+        now = self.now()
+        if self._wish is None or now - self._wish[0] > _WISH_S:
+            try:
+                self._wish = now, await self._ask(lambda: self._store.wish(self._job_id))
+            except Lost:
+                if self._wish is None:
+                    raise
+                self._wish = now, self._wish[1]
+        return self._wish[1]
+
+    def side(self, shard_id: str) -> ShardSide:
+        """See `World.side`."""
+        return self._sides[shard_id]
+
+    def flow(self, leg: Leg, direction: Direction) -> _StreamFlow:
+        """See `World.flow`."""
+        key = (leg.number, direction)
+        if key not in self._flows:
+            self._flows[key] = _StreamFlow(self, leg, direction)
+        return self._flows[key]
+
+    def link(self, leg: Leg, direction: Direction = "forward") -> Link:
+        """One leg in one direction."""
+        forward = Link(
+            runner=self.runner,
+            number=leg.number,
+            direction="forward",
+            origin=self._sides[leg.source].shard,
+            sink=self._sides[leg.target].shard,
+            ranges=leg.ranges,
+            hash_function=self._topology.hash_function,
+            tables=self.tables,
+        )
+        return forward if direction == "forward" else forward.reversed
+
+    @translated
+    async def schema_before_rows(self, leg: Leg) -> None:
+        """See `World.schema_before_rows`."""
+        await copy_before_rows(self.link(leg), self.references)
+
+    @translated
+    async def schema_after_rows(self, leg: Leg) -> None:
+        """See `World.schema_after_rows`."""
+        await copy_after_rows(self.link(leg), self.references)
+        self._sides[leg.target].forget_shapes()
+
+    @translated
+    async def copied(self, leg: Leg) -> bool:
+        """See `World.copied`."""
+        async with self._sides[leg.target].using() as conn:
+            found = await conn.execute(
+                "SELECT count(*) FROM shardlib.copied WHERE job = %s AND leg = %s", (self._job_id, leg.number)
+            )
+            row = await found.fetchone()
+        whole = row is not None and row[0] >= len(self.tables)
+        return whole and await self.flow(leg, "forward").usable()
+
+    @translated
+    async def copy(self, leg: Leg, pause: Callable[[], Awaitable[None]]) -> None:
+        """See `World.copy`.
+
+        The slot of the first attempt stays: what was copied whole before a runner died is kept, and the rest is copied
+        under a later snapshot, from which on the stream counts for those tables.
+        """
+        link, flow = self.link(leg), self.flow(leg, "forward")
+        source, target = self._sides[leg.source], self._sides[leg.target]
+        usable = await flow.usable()
+        if not usable:
+            await flow.drop_slot()
+            async with target.using() as conn:
+                await conn.execute(
+                    "DELETE FROM shardlib.copied WHERE job = %s AND leg = %s", (self._job_id, leg.number)
+                )
+        await empty_half_copied(link, await target.shapes())
+        name = f"{link.slot}_tmp" if usable else link.slot
+        async with await export_snapshot(link, slot=name, temporary=usable, timeout_s=_SNAPSHOT_S) as snapshot:
+            if not usable:
+                async with target.using() as conn:
+                    await start_position(conn, self.runner, leg.number, "forward", snapshot.lsn)
+            await collect_keys(link, await source.shapes(), snapshot)
+            await pause()
+            await copy_tables(
+                link,
+                await source.shapes(),
+                await target.shapes(),
+                snapshot,
+                workers=self._workers,
+                throttle=pause,
+            )
+
+    def _export(self, leg: Leg) -> Callable[[], AbstractAsyncContextManager[ExportedSnapshot]]:
+        link = self.link(leg)
+
+        @asynccontextmanager
+        async def export() -> AsyncIterator[ExportedSnapshot]:
+            async with await export_snapshot(
+                link, slot=f"{link.slot}_cmp", temporary=True, timeout_s=_SNAPSHOT_S
+            ) as snapshot:
+                yield snapshot
+
+        return export
+
+    @translated
+    async def compare(self, leg: Leg, flow: Flow, *, since: str | None) -> Compared:
+        """See `World.compare`."""
+        stream = self.flow(leg, "forward").stream
+        origin, sink = await self._sides[leg.source].shapes(), await self._sides[leg.target].shapes()
+        link, export = self.link(leg), self._export(leg)
+        if since is None:
+            found = await compare_whole(link, stream, origin, sink, export=export)
+        else:
+            found = await compare_changed(link, stream, origin, sink, since=since, export=export)
+        await self._comparing(leg)  # ready for the closed window
+        return Compared(found.lsn, found.keys)
+
+    async def _comparing(self, leg: Leg) -> tuple[AsyncConnection[Any], AsyncConnection[Any]]:
+        """Connections of a leg for the comparison while its ranges are closed: opened before, kept for the next."""
+        kept = self._kept.get(leg.number)
+        if kept is None or any(conn.closed or conn.broken for conn in kept):
+            for conn in kept or ():
+                await conn.close()
+            link = self.link(leg)
+            origin = await link.open_origin("compare")
+            try:
+                kept = self._kept[leg.number] = (origin, await link.open_sink("compare"))
+            except BaseException:
+                await origin.close()
+                raise
+        return kept
+
+    @translated
+    async def compare_closed(self, leg: Leg, *, since: str) -> int:
+        """See `World.compare_closed`."""
+        origin, sink = await self._sides[leg.source].shapes(), await self._sides[leg.target].shapes()
+        here, there = await self._comparing(leg)
+        return await compare_closed(self.link(leg), origin, sink, since=since, origin_conn=here, sink_conn=there)
+
+    @translated
+    async def advance_sequences(self, leg: Leg, direction: Direction, *, ahead: int) -> None:
+        """See `World.advance_sequences`."""
+        before, after = (leg.source, leg.target) if direction == "forward" else (leg.target, leg.source)
+        shapes = await self._sides[before].shapes()
+        async with self._sides[before].using() as giver, self._sides[after].using() as taker:
+            await advance_sequences(giver, taker, self.runner, shapes, ahead=ahead)
+
+    @translated
+    async def start_reverse(self, leg: Leg, lsn: str) -> None:
+        """See `World.start_reverse`."""
+        async with self._sides[leg.source].using() as conn:
+            await start_position(conn, self.runner, leg.number, "reverse", lsn)
+
+    @translated
+    async def purge(self, leg: Leg, shard_id: str, pause: Callable[[], Awaitable[None]]) -> None:
+        """See `World.purge`."""
+        side = self._sides[shard_id]
+        link = self.link(leg, "forward" if shard_id == leg.target else "reverse")
+        if not await self._has_keys(side):
+            return
+        await purge(
+            link,
+            await side.shapes(),
+            ranges=side.ranges,
+            rows_per_s=self._purge_rows_per_s,
+            pause=pause,
+        )
+
+    async def _has_keys(self, side: ShardSide) -> bool:
+        async with side.using() as conn:
+            found = await conn.execute("SELECT to_regclass(%s) IS NOT NULL", (f"shardlib.job_{self._job_id}_keys",))
+            row = await found.fetchone()
+        return row is not None and bool(row[0])
+
+    @asynccontextmanager
+    async def running(self, flows: Sequence[Flow]) -> AsyncIterator[None]:
+        """See `World.running`."""
+        opened = [flow for flow in flows if isinstance(flow, _StreamFlow)]
+        await together(flow.open() for flow in opened)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(flow.run()) for flow in flows]
+                tasks.append(group.create_task(self._watch_lease()))
+                try:
+                    yield
+                finally:
+                    for task in tasks:
+                        task.cancel()
+        except BaseExceptionGroup as errors:
+            raise first_of(errors) from None
+
+    async def _watch_lease(self) -> None:
+        while True:
+            self._held()
+            await asyncio.sleep(_LEASE_LOOK_S)
+
+    def _held(self) -> None:
+        if not self._lease.alive():
+            raise Superseded(f"the lease {self._lease.name!r} is lost")
+
+    async def _ask(self, call: Callable[[], T]) -> T:
+        try:
+            return await asyncio.to_thread(call)
+        except CatalogUnavailable as error:
+            raise Lost(str(error)) from error
+
+
+class _StreamFlow:
+    """A `Stream` as a `Flow`: made anew for each run, since a broken one does not go on."""
+
+    def __init__(self, servers: Servers, leg: Leg, direction: Direction) -> None:
+        self._servers, self._leg, self._direction = servers, leg, direction
+        self._stream: Stream | None = None
+
+    @property
+    def stream(self) -> Stream:
+        """The running stream.
+
+        Raises:
+            Blocked: it has not started yet.
+        """
+        if self._stream is None:
+            raise Blocked("the stream has not started yet")
+        return self._stream
+
+    def _ends(self) -> tuple[ShardSide, ShardSide]:
+        forward = self._direction == "forward"
+        leg = self._leg
+        origin, sink = (leg.source, leg.target) if forward else (leg.target, leg.source)
+        return self._servers.side(origin), self._servers.side(sink)
+
+    @property
+    def _link(self) -> Link:
+        return self._servers.link(self._leg, self._direction)
+
+    @translated
+    async def create_slot(self) -> None:
+        """See `Flow.create_slot`."""
+        try:
+            await create_slot(self._link, timeout_s=_SLOT_S)
+        except TimeoutError as error:
+            raise Blocked(str(error)) from error
+
+    @translated
+    async def drop_slot(self) -> None:
+        """See `Flow.drop_slot`."""
+        origin, _ = self._ends()
+        async with origin.using() as conn:
+            await drop_slot(conn, self._link.slot)
+
+    @translated
+    async def usable(self) -> bool:
+        """See `Flow.usable`."""
+        origin, sink = self._ends()
+        async with origin.using() as conn:
+            state = await slot_state(conn, self._link.slot)
+        async with sink.using() as conn:
+            at = await position(conn, self._servers.runner.job, self._leg.number, self._direction)
+        return state is not None and not state.lost and at is not None
+
+    @translated
+    async def open(self) -> None:
+        """Make the stream, so that it can be asked and waited for from the moment on that it is to run."""
+        origin, sink = self._ends()
+        # Both ways: after a rollback the keys that were born on a target are hidden and deleted there.
+        self._stream = Stream(self._link, await sink.shapes(), on_new_keys=origin.add_keys)
+
+    @translated
+    async def run(self) -> None:
+        """See `Flow.run`."""
+        try:
+            await self.stream.run()
+        finally:
+            self._stream = None
+
+    @property
+    def lag_bytes(self) -> int | None:
+        """See `Flow.lag_bytes`."""
+        return None if self._stream is None else self._stream.lag_bytes
+
+    async def heard(self, message: str, *, timeout_s: float) -> None:
+        """See `Flow.heard`."""
+        await self.stream.heard(message, timeout_s=timeout_s)

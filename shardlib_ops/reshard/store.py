@@ -1,0 +1,124 @@
+"""Job records and operators' wishes in the catalog: `jobs/7`, written by its runner, and `wishes/7`, by anybody."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from shardlib.catalog import Catalog, Conflict, Lease
+from shardlib.errors import InvalidTopology
+from shardlib_ops.reshard.job import Job, Wish, decode_job, encode_job
+
+__all__ = ["JobStore"]
+
+_TRIES: Final = 20
+
+
+class JobStore:
+    """The jobs of a cluster. Blocks; thread-safe as its catalog is.
+
+    A runner's own record is written with the revision that this store has read or written last, so that another
+    writer is noticed.
+    """
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._revisions: dict[int, int] = {}
+
+    def load(self, job_id: int) -> Job:
+        """A job.
+
+        Raises:
+            InvalidTopology: there is none with this id.
+            CatalogUnavailable: no answer.
+        """
+        found = self._catalog.read_document(_job(job_id))
+        if found is None:
+            raise InvalidTopology(f"there is no job {job_id}", "`list_jobs` shows those there are")
+        self._revisions[job_id] = found.revision
+        return decode_job(found.data)
+
+    def all(self) -> list[Job]:
+        """Every job, oldest first.
+
+        Raises:
+            CatalogUnavailable: no answer.
+        """
+        jobs = [decode_job(found.data) for found in self._catalog.list_documents("jobs/").values()]
+        return sorted(jobs, key=lambda job: job.id)
+
+    def create(self, job: Job) -> Job:
+        """Store a new job under the next free id; its own `id` does not count.
+
+        Raises:
+            Conflict: others create jobs without end.
+            CatalogUnavailable: no answer; it may be stored.
+        """
+        last: Conflict | None = None
+        for _ in range(_TRIES):
+            numbers = [int(name.rpartition("/")[2]) for name in self._catalog.list_documents("jobs/")]
+            numbered = job.changed(id=max(numbers, default=0) + 1)
+            try:
+                revision = self._catalog.write_document(_job(numbered.id), encode_job(numbered), expected=None)
+            except Conflict as conflict:
+                last = conflict
+                continue
+            self._revisions[numbered.id] = revision
+            return numbered
+        raise last or Conflict(None, None)
+
+    def save(self, job: Job, lease: Lease) -> None:
+        """Store the record while the job's lease is held.
+
+        Raises:
+            Conflict: another wrote it since this store has read it, or the lease is lost.
+            CatalogUnavailable: no answer; the next `save` finds out.
+        """
+        data = encode_job(job)
+        try:
+            revision = self._catalog.write_document(
+                _job(job.id), data, expected=self._revisions.get(job.id), lease=lease
+            )
+        except Conflict:
+            # An earlier save of this very runner may have arrived after all: only the lease's holder writes.
+            found = self._catalog.read_document(_job(job.id))
+            if found is None or not lease.alive():
+                raise
+            revision = self._catalog.write_document(_job(job.id), data, expected=found.revision, lease=lease)
+        self._revisions[job.id] = revision
+
+    def wish(self, job_id: int) -> Wish:
+        """What was asked of a job last; `run` if nothing was.
+
+        Raises:
+            CatalogUnavailable: no answer.
+        """
+        found = self._catalog.read_document(_wish(job_id))
+        return Wish.RUN if found is None else Wish(found.data.decode())
+
+    def ask(self, job_id: int, wish: Wish) -> None:
+        """Ask something of a job. The last one asked counts.
+
+        Raises:
+            Conflict: others ask without end.
+            CatalogUnavailable: no answer; it may have been stored.
+        """
+        last: Conflict | None = None
+        for _ in range(_TRIES):
+            found = self._catalog.read_document(_wish(job_id))
+            try:
+                self._catalog.write_document(
+                    _wish(job_id), wish.value.encode(), expected=None if found is None else found.revision
+                )
+            except Conflict as conflict:
+                last = conflict
+                continue
+            return
+        raise last or Conflict(None, None)
+
+
+def _job(job_id: int) -> str:
+    return f"jobs/{job_id:d}"
+
+
+def _wish(job_id: int) -> str:
+    return f"wishes/{job_id:d}"
