@@ -22,7 +22,7 @@ TESTS_TIMEOUT_S = 1200
 nox.needs_version = ">=2024.10"
 nox.options.default_venv_backend = "none"
 nox.options.error_on_missing_interpreters = False
-nox.options.sessions = ["lint", "types", "imports", "docs", "examples", "bench", "tests", "faults", "sim"]
+nox.options.sessions = ["lint", "types", "imports", "docs", "examples", "bench", "tests", "faults"]
 
 
 def python(session: nox.Session, *arguments: str, **env: str) -> None:
