@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from shardlib import errors
 from shardlib.catalog import open_catalog
 from shardlib.fence import close_gate, holders, install, list_gates, open_gate
+from shardlib.fence.sql import SCHEMA_VERSION
 from shardlib.ring import TokenRange
 from shardlib.topology import Topology
 from shardlib.topology.change import give_gate, move_ranges, renew_gates
@@ -369,7 +370,7 @@ def test_a_shard_without_the_schema_and_a_newer_one(
         seen_by_a_new_connection(r"version 99.*upgrade")
         with pytest.raises(errors.InvalidTopology, match="99"):
             install(conn, cluster_id="x", shard_id="s1")
-        conn.execute("UPDATE shardlib.control SET schema_version = 1, shard_id = 's99'")
+        conn.execute("UPDATE shardlib.control SET schema_version = %s, shard_id = 's99'", (SCHEMA_VERSION,))
         seen_by_a_new_connection("says that it is shard 's99'")
         conn.execute("UPDATE shardlib.control SET shard_id = %s", (shard.id,))
         conn.execute("ALTER SCHEMA shardlib RENAME TO hidden")
@@ -377,7 +378,7 @@ def test_a_shard_without_the_schema_and_a_newer_one(
     finally:
         if conn.execute("SELECT to_regnamespace('hidden') IS NOT NULL").fetchone() == (True,):
             conn.execute("ALTER SCHEMA hidden RENAME TO shardlib")
-        conn.execute("UPDATE shardlib.control SET schema_version = 1, shard_id = %s", (shard.id,))
+        conn.execute("UPDATE shardlib.control SET schema_version = %s, shard_id = %s", (SCHEMA_VERSION, shard.id))
 
 
 def test_an_idle_transaction_is_ended_by_the_server(
