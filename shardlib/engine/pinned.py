@@ -92,7 +92,6 @@ class _Pin:
         for key in needs.keys:
             if key != self._key:
                 raise ShardKeyMismatch(self._key.decode(errors="replace"), key.decode(errors="replace"), "a statement")
-        assert isinstance(conn, ShardConnection)  # noqa: S101 - for the type checker
         if needs.writes and conn.shard is not None and conn.shard.status is Status.READONLY:
             raise is_read_only(conn.shard)
         if needs.scope is not Scope.SCAN:

@@ -19,7 +19,6 @@ __all__ = [
     "claimed",
     "create_keys",
     "drop_control",
-    "drop_keys",
     "keys_table",
     "position",
     "publication",
@@ -99,11 +98,6 @@ async def create_keys(conn: AsyncConnection[Any], runner: Runner) -> None:
             await conn.execute(sql.SQL("GRANT SELECT ON {} TO {}").format(name, sql.Identifier(role)))
 
 
-async def drop_keys(conn: AsyncConnection[Any], runner: Runner) -> None:
-    """Drop the job's key table. Nobody's topology may know of its moves any more."""
-    await _with_lock(conn, runner, sql.SQL("DROP TABLE IF EXISTS {}").format(keys_table(runner.job)))
-
-
 async def drop_control(conn: AsyncConnection[Any], runner: Runner) -> None:
     """Forget the job on this shard: the last thing a runner does there."""
     async with conn.transaction():
@@ -111,13 +105,6 @@ async def drop_control(conn: AsyncConnection[Any], runner: Runner) -> None:
         for table in ("copied", "position"):
             await conn.execute(f"DELETE FROM shardlib.{table} WHERE job = %s".encode(), (runner.job,))
         await conn.execute("DELETE FROM shardlib.job WHERE id = %s", (runner.job,))
-
-
-async def _with_lock(conn: AsyncConnection[Any], runner: Runner, statement: sql.Composed) -> None:
-    async with conn.transaction():
-        await conn.execute(f"SET LOCAL lock_timeout = '{_CLAIM_S}s'")
-        await conn.execute(claimed(runner))
-        await conn.execute(statement)
 
 
 async def position(conn: AsyncConnection[Any], job: int, leg: int, direction: Direction) -> str | None:

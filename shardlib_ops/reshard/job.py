@@ -23,12 +23,10 @@ from shardlib.ring import TokenRange
 from shardlib.topology.model import Move
 
 __all__ = [
-    "OPEN",
     "Job",
     "Kind",
     "Leg",
     "Status",
-    "TableProgress",
     "Wish",
     "decode_job",
     "encode_job",
@@ -65,16 +63,8 @@ class Status(StrEnum):
         """Whether nothing will happen any more."""
         return self in _OVER
 
-    @property
-    def switched(self) -> bool:
-        """Whether the targets own the ranges, as far as the job's record says. The topology knows for certain."""
-        return self is Status.VALIDATION
-
 
 _OVER: Final = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.ROLLED_BACK})
-OPEN: Final = tuple(status for status in Status if not status.over)
-"""The states of a job that is not over, in their order."""
-
 _NEXT: Final[Mapping[Status, frozenset[Status]]] = {
     Status.PENDING: frozenset({Status.PRECOPY, Status.CLEANUP}),
     Status.PRECOPY: frozenset({Status.DELTASYNC, Status.CLEANUP}),
@@ -105,15 +95,6 @@ class Leg(msgspec.Struct, frozen=True):
     ranges: tuple[TokenRange, ...]
 
 
-class TableProgress(msgspec.Struct):
-    """How far the copy of one table in one leg is. `rows_total` is estimated until the copy is done."""
-
-    rows: int = 0
-    rows_total: int = 0
-    bytes: int = 0
-    done: bool = False
-
-
 class Job(msgspec.Struct, frozen=True):
     """The durable record of a job. Its runner alone writes it, under the job's lease; see `replace`.
 
@@ -133,8 +114,6 @@ class Job(msgspec.Struct, frozen=True):
         switched_at: when the switch was seen to be done.
         attempts: attempts of cutover so far.
         compared: leg number -> LSN on the source up to which both sides were compared and found equal.
-        keys_total: distinct keys that move; None until the key pass counted them.
-        keys_migrated: of them, those that are on the target.
         purging: whether deleting of old copies may have begun: from then on there is no way back.
     """
 
@@ -152,8 +131,6 @@ class Job(msgspec.Struct, frozen=True):
     switched_at: str | None = None
     attempts: int = 0
     compared: dict[int, str] = {}
-    keys_total: int | None = None
-    keys_migrated: int = 0
     purging: bool = False
     paused: bool = False
 
