@@ -57,6 +57,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy --strict over the packages; what a user's code sees, by mypy and pyright."""
     python(session, "-m", "mypy")
+    python(session, "-m", "mypy", "-p", "benchmarks")
     python(session, "-m", "mypy", "--no-warn-unused-configs", "tests/typing/api.py")
     python(session, "-m", "pyright", "--pythonpath", sys.executable, "tests/typing/api.py")
 

@@ -88,7 +88,7 @@ class _Bench:
         await self.a.execute(f"CREATE TABLE IF NOT EXISTS half AS SELECT t.* FROM t"
                              f" JOIN shardlib.job_{runner.job}_keys USING (k)".encode())  # fmt: skip
         for conn in (self.a, self.b):
-            await control.drop_keys(conn, runner)
+            await conn.execute(f"DROP TABLE shardlib.job_{runner.job}_keys".encode())
             await control.drop_control(conn, runner)
         return copied
 
@@ -102,8 +102,8 @@ class _Bench:
         return int(row[0])
 
     def _pipe(self) -> None:
-        out = [self.psql, "-Xq", "-d", self.dsns[0], "-c", "COPY half TO STDOUT"]
-        into = [self.psql, "-Xq", "-d", self.dsns[1], "-c", "COPY t FROM STDIN"]
+        out = [str(self.psql), "-Xq", "-d", self.dsns[0], "-c", "COPY half TO STDOUT"]
+        into = [str(self.psql), "-Xq", "-d", self.dsns[1], "-c", "COPY t FROM STDIN"]
         with subprocess.Popen(out, stdout=subprocess.PIPE) as reader:
             subprocess.run(into, stdin=reader.stdout, check=True)
         assert reader.returncode == 0
