@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 
 from shardlib.engine.bulk_where import locate
 from shardlib.errors import ShardUnavailable, StaleTopology
-from shardlib.fence.connection import drive, lock_gates
+from shardlib.fence.connection import drive
 from shardlib.fence.verdict import GateClosed, lost_connection
 from shardlib.shard import ShardConnection
 from shardlib.topology import Shard
@@ -32,10 +32,11 @@ __all__ = ["CopyLeg"]
 T = TypeVar("T")
 
 BLOCK_BYTES: Final = 64 * 1024
-"""What is collected before it is sent. Larger ones are slower in libpq."""
+"""What is collected before it is sent: a few lines alone are not worth a call of the driver."""
 SEGMENT_BYTES: Final = 16 * 1024 * 1024
 """A COPY ends and the next begins after so much: a server tells what it refuses only at the end of a COPY."""
 _PIECE_BYTES: Final = 128 * 1024
+"""What libpq is handed at once, as by psycopg's own COPY: what it cannot take would be offered to it for ever."""
 _LINE: Final = re.compile(r"^COPY .+, line (\d+)", re.MULTILINE)
 
 
@@ -47,7 +48,7 @@ class CopyLeg:
         conn: a connection whose transaction has begun.
         gates: that it holds.
         command: `COPY ... FROM STDIN`.
-        stall_timeout_s: the server may take no data, or be silent at the end of a COPY, for so long.
+        stall_timeout_s: the server may take no data, or owe an answer (to the end of a COPY, to a lock), for so long.
     """
 
     def __init__(
@@ -76,11 +77,13 @@ class CopyLeg:
         """Take more gates, between two COPYs.
 
         Raises:
-            StaleTopology: one is closed; the transaction is rolled back.
+            StaleTopology: one is closed; the transaction can only be rolled back.
+            sqlalchemy.exc.DBAPIError: the server refuses a row sent so far or the lock, or the connection was lost.
+            ShardUnavailable: it was silent for too long, as while somebody else keeps a gate locked.
         """
         self._end_copy()
         try:
-            lock_gates(self._driver, gates)
+            self._talk(self._driver.lock_more(gates))
         except GateClosed as closed:
             raise StaleTopology(self.shard.name, closed.gates[0], version) from None
         self.gates |= set(gates)
@@ -183,11 +186,14 @@ class CopyLeg:
 
 
 class _Stalled(Exception):  # noqa: N818 - an answer to act on
-    """Nothing moved for too long."""
+    """One talk with the server took too long."""
 
 
 def _limited(generator: Generator[Any, Any, T], limit_s: float) -> Generator[Any, Any, T]:
-    """A generator of psycopg that gives up after so many seconds. The driver resumes it several times a second."""
+    """A generator of psycopg that gives up when it waits after so many seconds.
+
+    The driver resumes it several times a second, also when nothing is ready.
+    """
     deadline = time.monotonic() + limit_s
     try:
         wanted = next(generator)

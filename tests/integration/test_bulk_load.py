@@ -754,6 +754,46 @@ def test_a_further_gate_of_a_shard_is_taken_on_the_way(shop: Shop, load: Load, c
             open_gate(conn, gate)
 
 
+def one_more_gate(shop: Shop, before: Callable[[int], None]) -> Iterator[tuple[str, int]]:
+    """Rows of one shard, of which the last ones need a further gate; `before` is called in between, with its number."""
+    here = [f"k{i}" for i in range(1000) if shop.engine.shard_for(f"k{i}").id == "s3"]
+    gate = own_gate(shop, here[0])
+
+    def rows() -> Iterator[tuple[str, int]]:
+        for i in range(3000):
+            yield here[1 + i % 9], i
+        before(gate)
+        for i in range(2001):
+            yield here[0], i
+
+    return rows()
+
+
+def test_a_further_gate_that_somebody_locks_is_not_waited_for_without_limit(shop: Shop, load: Load) -> None:
+    blocker = shop.servers[2].connect()
+
+    def lock(gate: int) -> None:
+        # The server ends this by itself, so that a load without a limit goes on and this test fails.
+        blocker.execute("SET idle_in_transaction_session_timeout = '10s'")
+        blocker.execute(f"BEGIN; LOCK TABLE shardlib.gate_{gate}")
+
+    try:
+        with pytest.raises(ShardUnavailable, match=r"'n2'.* 1 s"):
+            load(late, one_more_gate(shop, lock), columns=["tenant", "id"], stall_timeout_s=1.0)
+    finally:
+        blocker.close()
+    shop.gates_free()
+    assert sum(shop.count("late").values()) == 0
+
+
+def test_a_connection_lost_as_a_further_gate_is_taken_is_explained(shop: Shop, load: Load) -> None:
+    with pytest.raises(OperationalError, match="shard 'n2' refused the load") as caught:
+        load(late, one_more_gate(shop, lambda _: shop.proxies[2].cut_at("LOCK")), columns=["tenant", "id"])
+    assert caught.value.connection_invalidated
+    shop.gates_free()
+    assert sum(shop.count("late").values()) == 0
+
+
 def test_a_long_load_is_many_copies_in_one_transaction(shop: Shop, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server tells what it refuses at the end of a COPY; the row is still found."""
     monkeypatch.setattr(bulk_copy, "SEGMENT_BYTES", 100_000)
