@@ -26,6 +26,7 @@ SLEEPS_ALLOWED = {
     "shardlib/catalog/postgres_door.py": "the same as etcd_channel",
     "shardlib/catalog/stored.py": "the same, and between two looks at a lease that another holds",
     "shardlib/catalog/cache.py": "the first load of a topology is tried again, within its time limit",
+    "shardlib/catalog/publish.py": "a change that somebody else has overtaken pauses before it is made anew",
     "shardlib/engine/aio.py": "`run` pauses in the coroutine of its caller, outside of any greenlet",
 }
 """Files of the library that may mention a sleep of any kind, each with its reason."""

@@ -3,5 +3,6 @@
 from shardlib.catalog.base import Catalog, Conflict, Document, Lease, Watch
 from shardlib.catalog.cache import TopologyCache
 from shardlib.catalog.open import open_catalog
+from shardlib.catalog.publish import publish_change
 
-__all__ = ["Catalog", "Conflict", "Document", "Lease", "TopologyCache", "Watch", "open_catalog"]
+__all__ = ["Catalog", "Conflict", "Document", "Lease", "TopologyCache", "Watch", "open_catalog", "publish_change"]

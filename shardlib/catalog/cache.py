@@ -61,7 +61,8 @@ class TopologyCache:
         self._dirty = False
         self._asked = self._answered = 0
         self._failed: tuple[int, ShardlibError] | None = None
-        self._complained: set[str] = set()
+        self._complaints: dict[str, str] = {}
+        """What is wrong now, by kind: said when it begins and when it changes."""
         self._proved_at: float | None = None
 
     def start(self, timeout_s: float = 3.0) -> Topology:
@@ -102,7 +103,7 @@ class TopologyCache:
                 "delete the file, or correct the URL",
             )
         self.current = saved if saved is not None and saved.version > loaded.version else loaded
-        self._accept(loaded)
+        self._accept(loaded, self.current)
         return self._begin(loaded=True)
 
     def _read_saved(self) -> tuple[Topology | None, Exception | None]:
@@ -131,7 +132,7 @@ class TopologyCache:
 
         Raises:
             CatalogUnavailable: no answer within `timeout_s`.
-            InvalidTopology: the catalog's content is gone or damaged.
+            InvalidTopology: the catalog's content is gone, damaged, or may not follow the cached topology.
         """
         deadline = Deadline(timeout_s)
         with self._changed:
@@ -153,6 +154,25 @@ class TopologyCache:
                         self._catalog.safe_url, f"no answer within {timeout_s:g} s, {self._last_sign()}"
                     )
                 self._changed.wait(deadline.left())
+
+    def newest(self) -> Topology:
+        """The stored topology, read now, for whoever is about to change it. The cached one stays as it is.
+
+        Raises:
+            CatalogUnavailable: no answer in time.
+            InvalidTopology: the catalog's content is gone, damaged, or may not follow the cached topology.
+        """
+        seen = self.current
+        topology = self._catalog.load(seen)
+        if (problem := _refusal(seen, topology)) is not None:
+            raise self._refused(problem)
+        return topology
+
+    def _refused(self, problem: str) -> InvalidTopology:
+        return InvalidTopology(
+            f"{self._catalog.safe_url}: {problem}",
+            "correct the catalog, or its URL and start this process anew",
+        )
 
     def ask(self) -> None:
         """Have the catalog read soon, and wait for nothing: listeners are told of a newer topology."""
@@ -221,23 +241,24 @@ class TopologyCache:
         return self._asked > max(self._answered, failed)
 
     def _read(self, asked: int) -> None:
+        failed: ShardlibError | None = None
+        seen = self.current
         try:
-            topology = self._catalog.load(self.current)
+            topology = self._catalog.load(seen)
         except ShardlibError as error:
-            with self._changed:
-                self._failed = asked, error
-                self._changed.notify_all()
-            return
+            failed = error
         except Exception as error:  # noqa: BLE001 - logged, and told to those who wait
             _log.exception("reading the catalog %s failed", self._catalog.safe_url)
-            with self._changed:
-                self._failed = asked, CatalogUnavailable(self._catalog.safe_url, type(error).__name__)
-                self._changed.notify_all()
-            return
-        self._proved_at = time.monotonic()
-        self._accept(topology)
+            failed = CatalogUnavailable(self._catalog.safe_url, type(error).__name__)
+        else:
+            self._proved_at = time.monotonic()
+            if (problem := self._accept(topology, seen)) is not None:
+                failed = self._refused(problem)
         with self._changed:
-            self._answered = asked
+            if failed is None:
+                self._answered = asked
+            else:
+                self._failed = asked, failed
             self._changed.notify_all()
 
     def _save(self) -> None:
@@ -249,31 +270,46 @@ class TopologyCache:
             write_file(self._file, self.current)
         except (OSError, ShardlibError) as error:
             self._complain("file", f"the topology cannot be saved in {self._file}: {error}")
+        else:
+            self._complaints.pop("file", None)
 
     def _on_alive(self, alive: bool) -> None:
         if alive:
             self._proved_at = time.monotonic()
 
     def _on_change(self, version: int) -> None:
-        if self._closed or version == self.current.version:
+        seen = self.current
+        if self._closed or version == seen.version:
+            return
+        if version < seen.version:
+            self.ask()  # told late, or the catalog went back: a read that begins now tells which
             return
         try:
-            self._accept(self._catalog.load(self.current))
+            self._accept(self._catalog.load(seen), seen)
         except ShardlibError as error:
             _log.warning("version %d was announced and could not be read yet: %s", version, error)
-            with self._changed:
-                self._asked += 1  # the cache's own thread tries again, with nobody waiting for it
-                self._work.notify_all()
+            self.ask()  # the cache's own thread tries again, with nobody waiting for it
 
-    def _accept(self, new: Topology) -> None:
-        """Make `new` the current topology if it is newer, and tell the listeners."""
+    def _accept(self, new: Topology, seen: Topology) -> str | None:
+        """Make `new` the current topology if it is newer, and tell the listeners.
+
+        Args:
+            new: what the catalog holds.
+            seen: the current topology before it was read.
+
+        Returns:
+            why it is refused, None if it is not.
+        """
         with self._accepting:
             old = self.current
-            if (problem := _refusal(old, new)) is not None:
+            # What another thread has read meanwhile may be newer, which is no fault of this one.
+            problem = _refusal(seen if new.version < old.version else old, new)
+            if problem is not None:
                 self._complain("refused", f"{self._catalog.safe_url}: {problem}")
-                return
-            if new.version == old.version:
-                return
+                return problem
+            self._complaints.pop("refused", None)
+            if new.version <= old.version:
+                return None
             self.current = new
             with self._changed:
                 self._changed.notify_all()
@@ -285,10 +321,11 @@ class TopologyCache:
                     listener(new)
                 except Exception:  # noqa: BLE001 - logged: a fault of other code must not end the thread
                     _log.exception("a listener of the topology failed")
+            return None
 
     def _complain(self, kind: str, message: str) -> None:
-        if kind not in self._complained:
-            self._complained.add(kind)
+        if self._complaints.get(kind) != message:
+            self._complaints[kind] = message
             _log.error("%s", message)
 
 

@@ -15,7 +15,7 @@ from sqlalchemy import Table as SaTable
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
-from shardlib.catalog import Catalog, Conflict, TopologyCache
+from shardlib.catalog import Catalog, TopologyCache, publish_change
 from shardlib.engine.locks import holders_of
 from shardlib.errors import InvalidTopology, LockTimeout, ShardUnavailable, UnsupportedOperation
 from shardlib.fence.gate import install, open_gate
@@ -30,7 +30,6 @@ _CONNECT_TIMEOUT_S = 10
 _LOCK_TIMEOUT_S = 10
 """As long as `install` waits. DDL that waits holds up whoever comes to its table after it."""
 _SIDE_BY_SIDE = 8
-_CONFLICTS_MAX = 20
 
 
 class SchemaChange:
@@ -67,16 +66,13 @@ class SchemaChange:
 
     def _at_rest(self) -> Topology:
         """The newest topology, while no rows move: a change of a table would end the job, and gates are the job's."""
-        topology = self._newest()
+        topology = self._cache.newest()
         if topology.moves:
             raise UnsupportedOperation(
                 f"job {topology.moves[0].job} is moving rows, so tables cannot be made or dropped now",
                 "wait until it is over, complete it, or cancel it (`shardlib-ops reshard list`)",
             )
         return topology
-
-    def _newest(self) -> Topology:
-        return self._catalog.load(self._cache.current)
 
     @staticmethod
     def _everywhere(topology: Topology, work: Callable[[Shard], None]) -> None:
@@ -127,20 +123,9 @@ class SchemaChange:
             engine.dispose()
 
     def _publish(self, change: Callable[[Topology, str], Topology]) -> None:
-        """Apply a change to the newest topology by compare-and-swap, again if somebody else was faster."""
-        for _ in range(_CONFLICTS_MAX):
-            now = self._newest()
-            then = change(now, uuid4().hex)
-            if then is not now:
-                try:
-                    self._catalog.publish(then, expected=now.version)
-                except Conflict:
-                    continue
-            self._cache.refresh(newer_than=then.version - 1, timeout_s=10.0)
-            return
-        raise InvalidTopology(
-            f"the topology changed {_CONFLICTS_MAX} times while the tables were recorded", "run it again"
-        )
+        """Apply a change to the newest topology, and see it in the cache."""
+        then = publish_change(self._catalog, lambda now: change(now, uuid4().hex), newest=self._cache.newest)
+        self._cache.refresh(newer_than=then.version - 1, timeout_s=10.0)
 
 
 def _connect(shard: Shard, *, autocommit: bool = False) -> psycopg.Connection[tuple[Any, ...]]:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self, overload
 from uuid import uuid4
 
-from shardlib.catalog import Catalog, Conflict, open_catalog
+from shardlib.catalog import Catalog, open_catalog, publish_change
 from shardlib.dsn import Dsn
 from shardlib.errors import InvalidArgument, InvalidTopology
 from shardlib.fence.gate import install, open_gate
@@ -34,7 +34,6 @@ from shardlib_ops.reshard.store import JobStore
 
 __all__ = ["Manager", "Target"]
 
-_TRIES: Final = 20
 _CONNECT_S: Final = 10
 
 Target = Mapping[str, Any]
@@ -125,21 +124,17 @@ class Manager:
         return await asyncio.to_thread(self._create_shard, new)
 
     def _create_shard(self, new: NewShard) -> Shard:
-        for _ in range(_TRIES):
-            topology = self._catalog.load()
+        def change(topology: Topology) -> Topology:
             shard = _planned(topology, new)
             after = with_shard(topology, shard, nonce=uuid4().hex)
             with reached(shard, _CONNECT_S) as connection:
-                _free(connection, topology)
+                _free(connection, topology)  # also what this change left there if another has overtaken it
                 roles = _app_roles(topology)
                 install(connection, cluster_id=topology.cluster_id, shard_id=shard.id, roles=roles)
                 open_gate(connection, after.default_gate(shard.id))
-                try:
-                    self._catalog.publish(after, expected=topology.version)
-                except Conflict:
-                    continue  # the id may be another's now: the next round takes this schema out again
-            return shard
-        raise InvalidTopology(f"the topology was changed by others {_TRIES} times in a row", "try again")
+            return after
+
+        return publish_change(self._catalog, change).shard(new.name)
 
     async def delete_shard(self, shard: str) -> None:
         """Take a shard that owns nothing out of the cluster. Its rows and its server are left as they are.
@@ -150,17 +145,12 @@ class Manager:
         await asyncio.to_thread(self._delete_shard, shard)
 
     def _delete_shard(self, name: str) -> None:
-        for _ in range(_TRIES):
-            topology = self._catalog.load()
+        def change(topology: Topology) -> Topology:
             shard = topology.shard(name)
             _refuse_busy(self._jobs.all(), [shard], topology)
-            after = without_shard(topology, shard.id, nonce=uuid4().hex)
-            try:
-                self._catalog.publish(after, expected=topology.version)
-            except Conflict:
-                continue
-            return
-        raise InvalidTopology(f"the topology was changed by others {_TRIES} times in a row", "try again")
+            return without_shard(topology, shard.id, nonce=uuid4().hex)
+
+        publish_change(self._catalog, change)
 
     # Jobs
 

@@ -151,12 +151,44 @@ class TestRefusing:
         await_newer(cache, 1, 5)
         seen = cache.current
         catalog.replaced = changed(seen, **what)
-        assert cache.refresh() is seen
-        assert cache.refresh() is seen
+        for _ in range(2):
+            with pytest.raises(InvalidTopology, match=said):
+                cache.refresh()
+        with pytest.raises(InvalidTopology, match=said):
+            cache.newest()
+        assert cache.current is seen
         assert caplog.text.count(said) == 1
         catalog.replaced = None
         publish_next(catalog.inner)
         await_newer(cache, 2, 5, "a right one is taken again")
+
+    def test_another_fault_is_logged_and_so_is_one_that_comes_back(
+        self, catalog: Interrupted, cache: TopologyCache, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def meet(**what: object) -> None:
+            catalog.replaced = changed(cache.current, **what)
+            with pytest.raises(InvalidTopology):
+                cache.refresh()
+
+        meet(cluster_id="other")
+        meet(hash_function="xxhash")
+        assert "cluster 'other'" in caplog.text
+        assert "hash function became 'xxhash'" in caplog.text
+        catalog.replaced = None
+        cache.refresh()
+        meet(hash_function="xxhash")
+        assert caplog.text.count("hash function became 'xxhash'") == 2
+
+    def test_a_read_that_the_watch_overtook_is_no_fault(
+        self, catalog: Interrupted, cache: TopologyCache, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        first = cache.current
+        second, third = changed(first), changed(changed(first))
+        assert cache._accept(third, first) is None
+        assert cache._accept(second, first) is None, "it was read before the third came"
+        assert cache._accept(second, third) is not None, "it was read after"
+        assert cache.current is third
+        assert caplog.text.count("version 2 after 3") == 1
 
 
 class TestRefreshing:
@@ -209,7 +241,7 @@ class TestRefreshing:
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(cache.refresh, newer_than=1, timeout_s=10)
             eventually(lambda: cache._asked == 1, 5, "it has asked")
-            cache._accept(second)
+            cache._accept(second, cache.current)
             assert waiting.result(5) is second
         catalog.gate.set()
 
