@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -21,6 +22,7 @@ from shardlib.catalog import open_catalog
 from shardlib.dsn import Dsn
 from shardlib.errors import RetryableError
 from shardlib.fence import close_gate, open_gate
+from shardlib.telemetry import TelemetryOptions
 from shardlib.topology.change import renew_gates
 from shardlib_ops import LocalCluster
 from shardlib_ops.local import LocalServer
@@ -336,10 +338,18 @@ def renew(catalog: Any, admin: psycopg.Connection[Any], shard_id: str) -> None:
     catalog.publish(after, expected=before.version)
 
 
+def refusals(engine: ShardedEngine) -> int:
+    """Transactions of this engine that a closed gate has refused as they began."""
+    lines = [line for line in engine.metrics().splitlines() if line.startswith("shard_router_fence_refusals_total{")]
+    return sum(int(float(line.rpartition(" ")[2])) for line in lines)
+
+
 def test_a_crowd_of_threads_passes_a_closed_gate_unseen(world: World) -> None:
-    with ShardedEngine(world.url, pool_size=3, max_overflow=3) as engine:
+    """The gates are closed before a topology names others: the crowd meets them, and no session is told."""
+    telemetry = TelemetryOptions(metrics=True)
+    with ShardedEngine(world.url, pool_size=3, max_overflow=3, telemetry=telemetry) as engine:
         key = world.keys[2]
-        place = engine.topology.place(engine.token(key))
+        shard_id = engine.topology.place(engine.token(key)).shard.id
         catalog = open_catalog(world.url)
         stop = threading.Event()
         done: list[int] = []
@@ -353,17 +363,28 @@ def test_a_crowd_of_threads_passes_a_closed_gate_unseen(world: World) -> None:
 
         with world.servers[2].connect() as admin, ThreadPoolExecutor(30) as threads:
             futures = [threads.submit(work) for _ in range(30)]
+
+            def reached(condition: Callable[[], bool], what: str) -> None:
+                """Wait for it, unless a worker has ended, which then tells why below."""
+                eventually(lambda: condition() or any(f.done() for f in futures), 20, what)
+
             try:
                 for _ in range(10):
-                    before = engine.topology.gates_of(place.shard.id)
-                    renew(catalog, admin, place.shard.id)
-                    for number in before:
-                        close_gate(admin, number, budget_s=5)
+                    before = catalog.load()
+                    after = renew_gates(before, shard_id, nonce=uuid4().hex)
+                    for number in after.gates_of(shard_id):
+                        open_gate(admin, number)
+                    refused = refusals(engine)
+                    for number in before.gates_of(shard_id):
+                        assert close_gate(admin, number, budget_s=5).closed, "a crowd holds up who closes its gate"
+                    reached(lambda refused=refused: refusals(engine) > refused, "the crowd meets the closed gate")
+                    catalog.publish(after, expected=before.version)
                     target = len(done) + 60
-                    eventually(lambda target=target: len(done) > target or any(f.done() for f in futures), 20)
+                    reached(lambda target=target: len(done) > target, "the crowd works on")
             finally:
                 stop.set()
             for future in futures:
                 future.result(20)
         catalog.close()
+        assert len(done) >= 600
         assert_quiet(engine, world.servers)
