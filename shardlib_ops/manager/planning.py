@@ -1,0 +1,197 @@
+"""Jobs are planned and made: split, merge, rebalance, drain, and the moving of single keys."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Literal, overload
+
+from shardlib.errors import InvalidArgument
+from shardlib.key.encode import encode_key
+from shardlib.token import hash_of
+from shardlib_ops.manager.base import refuse_busy, refuse_faults
+from shardlib_ops.manager.shards import Shards
+from shardlib_ops.manager.targets import Parties, Target, with_targets
+from shardlib_ops.reshard.check import check_job
+from shardlib_ops.reshard.job import Job
+from shardlib_ops.reshard.plan import (
+    Plan,
+    plan_drain,
+    plan_merge,
+    plan_move_keys,
+    plan_rebalance,
+    plan_split,
+)
+
+__all__ = ["Planning"]
+
+
+class Planning(Shards):
+    """The calls of the manager that make a job."""
+
+    @overload
+    async def split(
+        self,
+        source: str,
+        *,
+        targets: Sequence[Target],
+        keep: int | None = None,
+        retention_s: float | None = None,
+        dry_run: Literal[False] = False,
+    ) -> Job: ...
+    @overload
+    async def split(
+        self,
+        source: str,
+        *,
+        targets: Sequence[Target],
+        keep: int | None = None,
+        retention_s: float | None = None,
+        dry_run: Literal[True],
+    ) -> Plan: ...
+    async def split(
+        self,
+        source: str,
+        *,
+        targets: Sequence[Target],
+        keep: int | None = None,
+        retention_s: float | None = None,
+        dry_run: bool = False,
+    ) -> Job | Plan:
+        """Give a part of a shard's ranges to others, new or not.
+
+        Args:
+            source: the shard that is split.
+            targets: who gets a part, each by its weight (`vnode_count`).
+            keep: weight of what stays on the source; None: its own `vnode_count`; 0: nothing stays.
+            retention_s: seconds after the switch until the job completes by itself; None: when `complete` is called.
+            dry_run: only tell the plan.
+
+        Returns:
+            Job, or Plan for a dry run.
+
+        Raises:
+            InvalidArgument: a value that is not allowed.
+            InvalidTopology: a shard that is unknown, busy, or not fit.
+        """
+
+        def plan(parties: Parties) -> Plan:
+            weights = {shard.id: shard.vnode_count for shard in parties.targets}
+            return plan_split(parties.topology, parties.topology.shard(source), weights, keep=keep)
+
+        return await self._begin(targets, plan, retention_s, dry_run)
+
+    @overload
+    async def merge(
+        self,
+        sources: Sequence[str],
+        *,
+        target: Target,
+        retention_s: float | None = None,
+        dry_run: Literal[False] = False,
+    ) -> Job: ...
+    @overload
+    async def merge(
+        self, sources: Sequence[str], *, target: Target, retention_s: float | None = None, dry_run: Literal[True]
+    ) -> Plan: ...
+    async def merge(
+        self, sources: Sequence[str], *, target: Target, retention_s: float | None = None, dry_run: bool = False
+    ) -> Job | Plan:
+        """Give everything that some shards own to one; see `split` for the arguments, answer and errors."""
+
+        def plan(parties: Parties) -> Plan:
+            topology = parties.topology
+            return plan_merge(topology, [topology.shard(source) for source in sources], parties.targets[0])
+
+        return await self._begin([target], plan, retention_s, dry_run)
+
+    @overload
+    async def rebalance(
+        self, *, target: Target, retention_s: float | None = None, dry_run: Literal[False] = False
+    ) -> Job: ...
+    @overload
+    async def rebalance(self, *, target: Target, retention_s: float | None = None, dry_run: Literal[True]) -> Plan: ...
+    async def rebalance(self, *, target: Target, retention_s: float | None = None, dry_run: bool = False) -> Job | Plan:
+        """Give a shard that owns nothing its fair part of everything; see `split`."""
+        return await self._begin(
+            [target], lambda parties: plan_rebalance(parties.topology, parties.targets[0]), retention_s, dry_run
+        )
+
+    @overload
+    async def drain(self, shard: str, *, retention_s: float | None = None, dry_run: Literal[False] = False) -> Job: ...
+    @overload
+    async def drain(self, shard: str, *, retention_s: float | None = None, dry_run: Literal[True]) -> Plan: ...
+    async def drain(self, shard: str, *, retention_s: float | None = None, dry_run: bool = False) -> Job | Plan:
+        """Give everything that a shard owns to the others, evenly; see `split`."""
+        return await self._begin(
+            [], lambda parties: plan_drain(parties.topology, parties.topology.shard(shard)), retention_s, dry_run
+        )
+
+    @overload
+    async def move_keys(
+        self,
+        keys: Sequence[object],
+        *,
+        target: Target,
+        retention_s: float | None = None,
+        dry_run: Literal[False] = False,
+    ) -> Job: ...
+    @overload
+    async def move_keys(
+        self, keys: Sequence[object], *, target: Target, retention_s: float | None = None, dry_run: Literal[True]
+    ) -> Plan: ...
+    async def move_keys(
+        self, keys: Sequence[object], *, target: Target, retention_s: float | None = None, dry_run: bool = False
+    ) -> Job | Plan:
+        """Give some keys, such as one large tenant, to a shard; see `split`.
+
+        Raises:
+            InvalidShardKey: a value that cannot be a shard key.
+        """
+        encoded = [encode_key(key) for key in keys]
+
+        def plan(parties: Parties) -> Plan:
+            token = hash_of(parties.topology.hash_function)
+            return plan_move_keys(parties.topology, [token(key) for key in encoded], parties.targets[0])
+
+        return await self._begin([target], plan, retention_s, dry_run)
+
+    async def _begin(
+        self,
+        targets: Sequence[Target],
+        plan: Callable[[Parties], Plan],
+        retention_s: float | None,
+        dry_run: bool,
+    ) -> Job | Plan:
+        if retention_s is not None and not 0 <= retention_s <= 365 * 86400:
+            raise InvalidArgument("retention_s", retention_s, "0 seconds to a year")
+        topology = await self.topology()
+        parties = with_targets(topology, targets)
+        planned = plan(parties)
+        jobs = await asyncio.to_thread(self._jobs.all)
+        refuse_busy(jobs, [parties.topology.shard(s) for leg in planned.job_legs for s in (leg.source, leg.target)],
+                     topology, moving=True)  # fmt: skip
+        if dry_run:
+            return planned
+        for target, shard in zip(targets, parties.targets, strict=True):
+            if "shard_id" not in target:
+                made = await self.create_shard(
+                    shard.name,
+                    primary_endpoint=shard.primary.reveal(),
+                    replicas=[replica.reveal() for replica in shard.replicas],
+                    vnode_count=shard.vnode_count,
+                )
+                if made.id != shard.id:
+                    return await self._begin(
+                        [*({"shard_id": one.name} for one in parties.targets)], plan, retention_s, dry_run
+                    )
+        job = Job(
+            id=0,
+            kind=planned.kind,
+            legs=planned.job_legs,
+            created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            retention_s=retention_s,
+        ).checked()
+        refuse_faults(await check_job(await self.topology(), job))
+        return await asyncio.to_thread(self._jobs.create, job)

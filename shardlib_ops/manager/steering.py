@@ -1,0 +1,95 @@
+"""Jobs are looked at and steered. Whoever runs them reads what was asked."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from shardlib.errors import InvalidArgument, InvalidTopology
+from shardlib_ops.manager.base import Base
+from shardlib_ops.reshard.job import Job, Status, Wish
+
+__all__ = ["Steering"]
+
+_BEFORE: Final = frozenset({Status.PENDING, Status.PRECOPY, Status.DELTASYNC, Status.CUTOVER})
+_VERBS: Final = {
+    Wish.RUN: "be resumed",
+    Wish.PAUSE: "be paused",
+    Wish.CANCEL: "be cancelled",
+    Wish.ROLLBACK: "be rolled back",
+    Wish.COMPLETE: "be completed",
+}
+
+
+class Steering(Base):
+    """The calls of the manager that concern a job there is."""
+
+    async def list_jobs(self) -> list[Job]:
+        """Every job, oldest first."""
+        return await asyncio.to_thread(self._jobs.all)
+
+    async def get_job(self, job_id: int) -> Job:
+        """One job.
+
+        Raises:
+            InvalidTopology: there is none with this id.
+        """
+        return await asyncio.to_thread(self._jobs.load, _job_id(job_id))
+
+    async def pause(self, job_id: int) -> Job:
+        """Let a job stand still between two pieces of its work; streams go on, so that nothing piles up.
+
+        Raises:
+            InvalidTopology: no such job, or it is over.
+        """
+        return await self._ask(job_id, Wish.PAUSE, {status for status in Status if not status.over}, "it is over")
+
+    async def resume(self, job_id: int) -> Job:
+        """Let a paused job go on.
+
+        Raises:
+            InvalidTopology: no such job, or it is over.
+        """
+        return await self._ask(job_id, Wish.RUN, {status for status in Status if not status.over}, "it is over")
+
+    async def cancel(self, job_id: int) -> Job:
+        """Undo a job that has not switched: what was copied is deleted from the targets.
+
+        Raises:
+            InvalidTopology: no such job, it is over, or it has switched.
+        """
+        way_out = "it has switched already: `rollback` takes it back, `complete` ends it"
+        return await self._ask(job_id, Wish.CANCEL, _BEFORE, way_out)
+
+    async def rollback(self, job_id: int) -> Job:
+        """Take a switched job back: the sources serve the ranges again, with all that was written since.
+
+        Raises:
+            InvalidTopology: no such job, it has not switched, or its old copies are being deleted.
+        """
+        way_out = "only a job in `validation` can: before it, `cancel`; after it, the old copies are being deleted"
+        return await self._ask(job_id, Wish.ROLLBACK, {Status.VALIDATION}, way_out)
+
+    async def complete(self, job_id: int) -> Job:
+        """End the window in which a switched job can be rolled back: the old copies are deleted.
+
+        Raises:
+            InvalidTopology: no such job, or it has not switched.
+        """
+        return await self._ask(
+            job_id, Wish.COMPLETE, {Status.VALIDATION}, "only a job in `validation` can be completed"
+        )
+
+    async def _ask(self, job_id: int, wish: Wish, allowed: set[Status] | frozenset[Status], way_out: str) -> Job:
+        job = await self.get_job(job_id)
+        if job.status not in allowed:
+            raise InvalidTopology(f"job {job.id} is {job.status.value!r}, so it cannot {_VERBS[wish]}", way_out)
+        await asyncio.to_thread(self._jobs.ask, job.id, wish)
+        return job
+
+
+def _job_id(given: int | str) -> int:
+    try:
+        return int(given)
+    except (TypeError, ValueError):
+        raise InvalidArgument("job_id", given, "a job's number") from None
