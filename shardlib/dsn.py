@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
@@ -16,6 +17,15 @@ __all__ = ["Dsn"]
 
 _SECRET: Final = ("password", "sslpassword")
 _SCHEMES: Final = ("postgresql", "postgres")
+
+# What is said to who may not come in, by PostgreSQL, libpq and PgBouncer: libpq gives the text of a failed login, not
+# its code. Not "too many connections", which passes.
+_NOBODY: Final = re.compile(
+    r"password authentication failed|authentication failed for user|SASL authentication failed|no password supplied"
+    r"|no pg_hba\.conf entry|pg_hba\.conf rejects|is not permitted to log in|no such (user|database)"
+    r"|(role|database) \".*\" does not exist|permission denied for database",
+    re.IGNORECASE,
+)
 
 
 class Dsn:
@@ -142,6 +152,17 @@ def secrets_of(text: str) -> tuple[str, ...]:
         params = {}
     found += [str(params[name]) for name in _SECRET if params.get(name)]
     return tuple(dict.fromkeys(found))
+
+
+def said_once(text: str) -> str:
+    """A message of libpq in one line, without what it says again: it tries each address, some with and without TLS."""
+    first, *attempts = re.split(r"(?=connection to server )", " ".join(text.split()))
+    return f"{first}{', '.join(dict.fromkeys(part.strip() for part in attempts))}".strip()
+
+
+def hopeless(error: BaseException) -> bool:
+    """Whether the server refuses who we are, so that another attempt in a while would be refused like this one."""
+    return _NOBODY.search(str(error)) is not None
 
 
 def scrub(message: str, *texts: str) -> str:

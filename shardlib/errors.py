@@ -103,13 +103,25 @@ class ShardUnavailable(RetryableError):
 
 
 class CatalogUnavailable(RetryableError):
-    """The catalog did not answer in time. Reads and writes go on from the cached topology."""
+    """The catalog did not answer in time, or refused this client. Reads and writes go on from the cached topology.
 
-    def __init__(self, catalog: str, reason: str) -> None:
-        super().__init__(catalog, reason)
-        self.catalog, self.reason = catalog, reason
+    Attributes:
+        catalog: its URL, without secrets.
+        reason: why, without secrets.
+        final: the catalog is there and refuses who we are, or what we ask of it (a wrong password, a role without the
+            rights). It had no effect, and the same again is useless until somebody changes that: `engine.run` does not.
+    """
+
+    def __init__(self, catalog: str, reason: str, final: bool = False) -> None:
+        super().__init__(catalog, reason, final)
+        self.catalog, self.reason, self.final = catalog, reason, final
 
     def __str__(self) -> str:
+        if self.final:
+            return (
+                f"catalog {self.catalog} refuses this client: {self.reason}; correct the user or the password in its "
+                "URL (or what the password refers to), or the rights of the user there"
+            )
         return (
             f"catalog {self.catalog} is not reachable: {self.reason}; check that it runs and that the URL is right "
             "(an application can start without it from a saved topology: topology_file=...)"

@@ -88,7 +88,7 @@ class TopologyCache:
                     _log.warning("%s; starting from version %d in %s", error, saved.version, self._file)
                     self.current = saved
                     return self._begin(loaded=False)
-                if deadline.left() <= wait_s:
+                if error.final or deadline.left() <= wait_s:
                     if problem is not None:
                         error.add_note(f"{self._file} was of no use: {problem}")
                     raise

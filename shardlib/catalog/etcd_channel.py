@@ -230,9 +230,23 @@ class Channels:
             return call, at
         except grpc.RpcError as error:
             self.leave(at)
-            raise CatalogUnavailable(self.safe_url, reason_of(error)) from None
+            raise self.unavailable(error.code().name, str(error.details())) from None
         except ValueError as error:
             raise CatalogUnavailable(self.safe_url, f"this catalog object was closed ({error})") from None
+
+    def unavailable(self, code: str, details: str) -> CatalogUnavailable:
+        """The error for a caller. One that a member would give again is final: a wrong password, a missing right."""
+        user = self.target.user
+        if "authentication failed" in details:
+            return CatalogUnavailable(self.safe_url, f"no login for user {user!r} with this password: {details}", True)
+        if code == "PERMISSION_DENIED" or "permission denied" in details:
+            grant = f"etcdctl role grant-permission ROLE readwrite /shardlib/{self.target.name}/ --prefix=true"
+            return CatalogUnavailable(
+                self.safe_url, f"user {user!r} has no role for these keys: {details} (let it: {grant})", True
+            )
+        if not user and "user name is empty" in details:
+            return CatalogUnavailable(self.safe_url, f"it asks for a user and a password: {details}", True)
+        return CatalogUnavailable(self.safe_url, f"{code} {details}")
 
     def leave(self, at: int) -> None:
         """The member did not answer: ask the next one from now on."""

@@ -157,7 +157,7 @@ class EtcdClient:
         except RpcError as error:
             if not self._channels.refused_token(error):
                 self._channels.leave(at)
-            raise CatalogUnavailable(self.safe_url, reason_of(error)) from None
+            raise self._channels.unavailable(error.code().name, str(error.details())) from None
         except StopIteration:
             raise CatalogUnavailable(self.safe_url, "the answer to a keepalive is missing") from None
         finally:
@@ -169,7 +169,7 @@ class EtcdClient:
             self._channels.call("LeaseRevoke", new("LeaseRevokeRequest", ID=lease), deadline)
         except Refused as error:
             if error.code != "NOT_FOUND":
-                raise CatalogUnavailable(self.safe_url, f"{error.code} {error.details}") from None
+                raise self._channels.unavailable(error.code, error.details) from None
 
     def watch(
         self,
@@ -190,7 +190,7 @@ class EtcdClient:
         try:
             return self._channels.call(method, request, deadline, again=again)
         except Refused as error:
-            raise CatalogUnavailable(self.safe_url, f"{error.code} {error.details}") from None
+            raise self._channels.unavailable(error.code, error.details) from None
 
     def after_fork(self) -> None:
         """In a forked child: forget the parent's channels without touching them."""

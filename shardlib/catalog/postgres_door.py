@@ -14,7 +14,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from shardlib.catalog.store import Deadline
-from shardlib.dsn import Dsn, scrub
+from shardlib.dsn import Dsn, hopeless, said_once, scrub
 from shardlib.errors import CatalogUnavailable
 
 __all__ = ["Door", "Link"]
@@ -70,6 +70,8 @@ class Door:
     def __init__(self, dsn: Dsn) -> None:
         self.safe_url = dsn.safe()
         self._dsn = dsn
+        self._resolved = ""
+        """What the last connection was opened with, its secret included."""
         self._reset()
 
     def _reset(self) -> None:
@@ -92,8 +94,9 @@ class Door:
             # Only a primary has the newest head; with several hosts this finds it.
             "target_session_attrs": given.get("target_session_attrs", "read-write"),
         }
+        self._resolved = self._dsn.conninfo(**options)
         try:
-            link = Link.connect(self._dsn.conninfo(**options), autocommit=True, prepare_threshold=None)
+            link = Link.connect(self._resolved, autocommit=True, prepare_threshold=None)
         except psycopg.Error as error:
             raise self.unavailable(error) from None
         link.deadline = deadline
@@ -127,8 +130,8 @@ class Door:
                     raise self.unavailable(error) from None
             except psycopg.Error as error:
                 raise self.unavailable(error) from None
-            except CatalogUnavailable:
-                if self._closed or deadline.left() <= pause_s:
+            except CatalogUnavailable as error:
+                if error.final or self._closed or deadline.left() <= pause_s:
                     raise
             time.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             pause_s = min(_PAUSE_MAX_S, pause_s * 2)
@@ -153,9 +156,22 @@ class Door:
             self._lock.release()
 
     def unavailable(self, error: psycopg.Error) -> CatalogUnavailable:
-        """The error for a caller, without secrets."""
-        text = " ".join(scrub(str(error), self._dsn.reveal()).split())
-        return CatalogUnavailable(self.safe_url, text or type(error).__name__)
+        """The error for a caller, without secrets. One that the server would give again is final."""
+        text = scrub(said_once(str(error)), self._dsn.reveal(), self._resolved) or type(error).__name__
+        if isinstance(error, psycopg.errors.InsufficientPrivilege):
+            return CatalogUnavailable(self.safe_url, f"{text} (let the role: {self._grants(text)})", True)
+        return CatalogUnavailable(self.safe_url, text, hopeless(error))
+
+    def _grants(self, denied: str) -> str:
+        """What an administrator has to say so that the role may do what it was denied."""
+        role = f'"{self._dsn.user}"' if self._dsn.user else "it"
+        if "for database" in denied:
+            return f'GRANT CREATE ON DATABASE "{self._dsn.dbname}" TO {role}, to make the tables'
+        return (
+            f"GRANT USAGE ON SCHEMA shardlib_catalog TO {role}; "
+            f"GRANT SELECT ON ALL TABLES IN SCHEMA shardlib_catalog TO {role}, to follow the topology; to change it, "
+            "INSERT, UPDATE and DELETE on them and USAGE on its sequence as well"
+        )
 
     def after_fork(self) -> None:
         """In a forked child: put the parent's connection aside, untouched."""

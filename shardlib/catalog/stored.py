@@ -150,6 +150,8 @@ class StoredCatalog:
                 encoded.data, record.revision if record else None, grant, Deadline(deadline.left() * _SWAP_PART)
             )
         except CatalogUnavailable as error:
+            if error.final:  # it had no effect
+                raise
             self._settle(encoded, record, expected, deadline, error)
         else:
             if not swapped:
@@ -234,6 +236,8 @@ class StoredCatalog:
         try:
             revision = self._store.swap_document(name, sealed, expected, grant, Deadline(deadline.left() * _SWAP_PART))
         except CatalogUnavailable as error:
+            if error.final:  # it had no effect
+                raise
             return self._settle_document(name, sealed, expected, deadline, error)
         if revision is not None:
             return revision

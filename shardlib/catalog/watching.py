@@ -17,6 +17,8 @@ __all__ = ["StopFlag", "Watching"]
 _log = logging.getLogger("shardlib.catalog")
 _BACKOFF_FIRST_S: Final = 0.05
 _BACKOFF_MAX_S: Final = 2.0
+_REFUSED_MAX_S: Final = 10.0
+"""A catalog that refuses the login is asked less often: checking a password is work, and may be counted."""
 _CLOSE_S: Final = 1.0
 _GRACE_S: Final = 1.0
 
@@ -80,6 +82,7 @@ class Watching:
         self._stop = StopFlag()
         self._telling = threading.Lock()
         self._told: int | None = None
+        self._refused = ""
         self._generation = 0
         self._random = random.Random()  # noqa: S311 - jitter
         self._threads = [
@@ -106,20 +109,28 @@ class Watching:
             self._say_alive(True)
 
         while not self._stop.is_set():
+            refused = False
             try:
                 record, generation = self._look()
+                self._refused = ""
                 self._tell(record, generation)
                 tell = partial(self._tell, generation=generation)
                 self._store.follow(record.revision if record else 0, self._stop, tell, alive)
             except CatalogUnavailable as error:
-                _log.info("the watch of %s broke: %s", self._store.safe_url, error.reason)
+                refused = error.final
+                if refused and error.reason != self._refused:
+                    self._refused = error.reason
+                    _log.warning("%s; the watch tries again until it is let in", error)
+                else:
+                    _log.info("the watch of %s broke: %s", self._store.safe_url, error.reason)
             except Exception:  # noqa: BLE001 - logged: a fault of other code must not end the thread
                 _log.exception("the watch of %s failed; it begins again", self._store.safe_url)
             if self._stop.is_set():
                 return
             self._say_alive(False)
             failures += 1
-            wait_s = min(_BACKOFF_MAX_S, _BACKOFF_FIRST_S * 2 ** min(failures - 1, 10))
+            longest_s = _REFUSED_MAX_S if refused else _BACKOFF_MAX_S
+            wait_s = min(longest_s, _BACKOFF_FIRST_S * 2 ** min(failures - 1, 10))
             self._stop.wait(wait_s * self._random.uniform(0.5, 1.0))
 
     def _poll(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqlalchemy.exc import DBAPIError
 
-from shardlib.errors import CommitOutcomeUnknown, InvalidArgument, RetryableError, ShardUnavailable
+from shardlib.errors import CatalogUnavailable, CommitOutcomeUnknown, InvalidArgument, RetryableError, ShardUnavailable
 
 __all__ = ["RetryPolicy", "next_wait"]
 
@@ -41,7 +41,7 @@ def may_run_again(error: BaseException) -> bool:
     """
     if isinstance(error, CommitOutcomeUnknown):
         return False
-    if isinstance(error, ShardUnavailable) and error.final:
+    if isinstance(error, ShardUnavailable | CatalogUnavailable) and error.final:
         return False
     if isinstance(error, RetryableError):
         return True

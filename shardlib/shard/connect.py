@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Final
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from shardlib.dsn import Dsn, scrub
+from shardlib.dsn import Dsn, hopeless, said_once, scrub
 from shardlib.fence.verdict import lost_connection
 from shardlib.shard.options import PoolOptions
 
@@ -22,14 +21,6 @@ _NOT_YET: Final = (
     "recovery",
     "not accepting connections",
     "not yet accepting",
-)
-
-# The same text for who may not come in: by PostgreSQL, libpq and PgBouncer. Not "too many connections", which passes.
-_NOBODY: Final = re.compile(
-    r"password authentication failed|authentication failed for user|SASL authentication failed|no password supplied"
-    r"|no pg_hba\.conf entry|pg_hba\.conf rejects|is not permitted to log in|no such (user|database)"
-    r"|(role|database) \".*\" does not exist|permission denied for database",
-    re.IGNORECASE,
 )
 
 
@@ -63,24 +54,13 @@ def explain(error: BaseException, dsn: Dsn, conninfo: str = "") -> tuple[str, bo
 
     An endpoint that refuses a login or has no free slot is there: that opens no breaker.
     """
-    text = scrub(_once(" ".join(str(error).split())), dsn.reveal(), conninfo)
+    text = scrub(said_once(str(error)), dsn.reveal(), conninfo)
     answered = "FATAL:" in text and not any(part in text for part in _NOT_YET)
     if isinstance(error, psycopg.ProgrammingError | psycopg.InterfaceError):
         answered = True  # a wrong connection parameter: nothing was even sent
     if answered:
         return f"{dsn.safe()} refused the connection: {text}", False
     return f"{dsn.safe()} did not answer: {text}", True
-
-
-def _once(text: str) -> str:
-    """A message of libpq without what it says again: it tries each address, and some of them with and without TLS."""
-    first, *attempts = re.split(r"(?=connection to server )", text)
-    return f"{first}{', '.join(dict.fromkeys(part.strip() for part in attempts))}".strip()
-
-
-def hopeless(error: BaseException) -> bool:
-    """Whether the server refuses who we are, so that another attempt in a while would be refused like this one."""
-    return _NOBODY.search(str(error)) is not None
 
 
 def lost(error: BaseException) -> bool:

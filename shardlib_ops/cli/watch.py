@@ -77,8 +77,8 @@ async def follow(catalog: str, job_id: int, *, quiet: bool) -> Job:
                 try:
                     job = await asyncio.to_thread(store.load, job_id)
                     wish = await asyncio.to_thread(store.wish, job_id)
-                except CatalogUnavailable:
-                    if clock() - heard > _AWAY_S:
+                except CatalogUnavailable as error:
+                    if error.final or clock() - heard > _AWAY_S:
                         raise
                 else:
                     heard = clock()

@@ -15,7 +15,7 @@ from shardlib.catalog import Conflict, TopologyCache, open_catalog
 from shardlib.catalog.store import Deadline, Record
 from shardlib.catalog.stored import StoredCatalog
 from shardlib.catalog.watching import StopFlag
-from shardlib.errors import CatalogUnavailable, InvalidArgument
+from shardlib.errors import CatalogUnavailable, InvalidArgument, InvalidTopology
 from shardlib_ops import LocalCluster
 from tests.support.etcd_server import EtcdServer, etcd_server
 from tests.support.eventually import eventually
@@ -189,7 +189,8 @@ class TestOneMember:
         assert catalog.version() == 1
         eventually(lambda: "version 1 after 6" in caplog.text, BACK_S, "it is refused and said")
         assert cache.current.version == 6
-        assert cache.refresh(timeout_s=3).version == 6
+        with pytest.raises(InvalidTopology, match="version 1 after 6"):
+            cache.refresh(timeout_s=3)
         current = catalog.load()
         catalog.publish(changed(current, version=7), expected=1)
         await_newer(cache, 6, BACK_S)
