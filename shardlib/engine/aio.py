@@ -22,7 +22,7 @@ from shardlib.key import encode_key
 from shardlib.route.consistency import Consistency
 from shardlib.route.retry import next_wait
 from shardlib.session.aio import AsyncShardedSession
-from shardlib.session.twophase import Settled
+from shardlib.session.settling import Settled
 from shardlib.shard import PoolStats
 from shardlib.topology import Shard, Topology
 

@@ -12,17 +12,18 @@ from difflib import get_close_matches
 from inspect import iscoroutine
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Literal, Self, TypeVar
 
 from sqlalchemy import MetaData, event
 from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.orm import sessionmaker
 
-from shardlib.catalog import Catalog, TopologyCache, open_catalog
+from shardlib.catalog import POLL_S, Catalog, TopologyCache, open_catalog
+from shardlib.checks import check
 from shardlib.dsn import Dsn
 from shardlib.engine.bulk import BulkProgress, BulkResult, bulk_load
 from shardlib.engine.observe import Observer
-from shardlib.engine.options import EngineOptions
+from shardlib.engine.options import CALLS, EngineOptions
 from shardlib.engine.pinned import connect_pinned
 from shardlib.engine.schema import SchemaChange
 from shardlib.errors import (
@@ -43,7 +44,7 @@ from shardlib.route.retry import RetryPolicy, next_wait
 from shardlib.session.core import Core
 from shardlib.session.instances import InstanceKeys
 from shardlib.session.session import ShardedSession
-from shardlib.session.twophase import Settled, settle
+from shardlib.session.settling import Settled, settle
 from shardlib.shard import PoolOptions, PoolStats, ShardConnection, ShardPools
 from shardlib.telemetry import TelemetryOptions
 from shardlib.token import token_of
@@ -101,33 +102,35 @@ class ShardedEngine:
         hash_function: str | None = None,
         topology_file: str | Path | None = None,
         catalog_timeout_s: float = 3.0,
-        poll_s: float = 30.0,
+        poll_s: float = POLL_S,
         reroute_timeout_s: float = 15.0,
         retry: RetryPolicy | None = None,
         telemetry: TelemetryOptions | None = None,
-        echo: bool = False,
+        echo: bool | Literal["debug"] = False,
         **options: Any,
     ) -> None:
         self.options = EngineOptions(
             consistency=Consistency.of(consistency),
             hash_function=hash_function,
-            topology_file=None if topology_file is None else Path(topology_file),
+            topology_file=topology_file,
             catalog_timeout_s=catalog_timeout_s,
             poll_s=poll_s,
             reroute_timeout_s=reroute_timeout_s,
-            retry=retry or RetryPolicy(),
-            telemetry=telemetry or TelemetryOptions(),
+            retry=RetryPolicy() if retry is None else retry,
+            telemetry=TelemetryOptions() if telemetry is None else telemetry,
+            echo=echo,
         )
         self.consistency = self.options.consistency
         for name, value in options.items():
             if name not in _POOL_NAMES:
-                known = sorted(_POOL_NAMES | (set(EngineOptions.__dataclass_fields__) | {"echo"}))
+                known = sorted(_POOL_NAMES | set(EngineOptions.__dataclass_fields__))
                 near = get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]}? " if near else ""
                 raise InvalidArgument(name, value, f"{hint}the options are {', '.join(known)}")
         pool_options = PoolOptions(**options)
-        self._catalog: Catalog = open_catalog(url, timeout_s=catalog_timeout_s)
-        self._cache = TopologyCache(self._catalog, file=self.options.topology_file, poll_s=poll_s)
+        self._catalog: Catalog = open_catalog(url, timeout_s=catalog_timeout_s, poll_s=poll_s)
+        file = None if topology_file is None else Path(topology_file)
+        self._cache = TopologyCache(self._catalog, file=file, poll_s=poll_s)
         try:
             self._cache.start(timeout_s=catalog_timeout_s)
             self._check_hash(self._cache.current)
@@ -145,7 +148,7 @@ class ShardedEngine:
                 "leave hash_function away: it is chosen once, when a cluster is created",
             )
 
-    def _open(self, pool_options: PoolOptions, echo: bool) -> None:
+    def _open(self, pool_options: PoolOptions, echo: bool | Literal["debug"]) -> None:
         waits = GreenletWaits() if self._is_async else ThreadWaits()
         pools = ShardPools(
             waits,
@@ -158,7 +161,7 @@ class ShardedEngine:
             echo=echo,
         )
         event.listen(pools.dialect, "handle_error", _show_unknown_commit)
-        self._core = Core(self._cache, pools, waits, self.options.reroute_timeout_s)
+        self._core = Core(self._cache, pools, waits, self.options.reroute_timeout_s, self.options.catalog_timeout_s)
         self._instance_keys = InstanceKeys(self._core.described)
         self._token = token_of(self._cache.current.hash_function)
         self._schema_lock = threading.Lock()
@@ -180,7 +183,7 @@ class ShardedEngine:
         Raises:
             CatalogUnavailable: it does not answer in time.
         """
-        return self._core.refresh(timeout_s=self.options.catalog_timeout_s)
+        return self._core.refresh()
 
     def token(self, shard_key: object) -> int:
         """The unsigned 64-bit token of a shard key.
@@ -395,6 +398,7 @@ class ShardedEngine:
             LockTimeout: transactions that use the tables did not end within 10 seconds; the message names them.
             UnsupportedOperation: a job is moving rows.
         """
+        check(CALLS, {"app_roles": app_roles})
         with self._schema_lock:
             SchemaChange(self._catalog, self._cache).create_all(metadata, app_roles=app_roles, checkfirst=checkfirst)
 
@@ -418,10 +422,17 @@ class ShardedEngine:
         An engine that has opened a two-phase session does so by itself about once a minute, one process of the cluster
         at a time; this does it now.
 
+        A part that cannot be settled and a shard that cannot be looked at are entries of the answer, with the reason
+        and what to do. Decisions that nobody can need any more are deleted.
+
         Args:
             older_than_s: leave younger ones to their session.
+
+        Returns:
+            One entry for each transaction in doubt, and for each shard that could not be looked at.
         """
-        return settle(self.topology, older_than_s=older_than_s)
+        check(CALLS, {"older_than_s": older_than_s})
+        return settle(self.topology, older_than_s=older_than_s, newest=self.refresh)
 
     def _help_to_settle(self) -> None:
         """From its first two-phase session on, this process helps to settle what others left in doubt."""
@@ -436,7 +447,7 @@ class ShardedEngine:
             return  # nothing is lost by waiting for the next time
         if lease is not None:
             with lease:
-                settle(self.topology, older_than_s=_SETTLE_EVERY_S)
+                settle(self.topology, older_than_s=_SETTLE_EVERY_S, newest=self.refresh)
 
     # -- its end --------------------------------------------------------------------------------------------------
 

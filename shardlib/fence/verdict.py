@@ -9,7 +9,11 @@ __all__ = ["GateClosed", "commit_outcome_unknown", "is_closed_gate", "lost_conne
 
 
 class GateClosed(Exception):  # noqa: N818 - an answer to act on, not a fault that reaches the user
-    """The server no longer has one of these gates. Nothing of the transaction ran; it has been rolled back."""
+    """The server no longer has one of these gates.
+
+    In answer to the start of a transaction: nothing of it ran, and it has been rolled back. In answer to `lock_more`,
+    what ran before is still there: the transaction has failed, and whoever owns it rolls it back.
+    """
 
     def __init__(self, gates: tuple[int, ...]) -> None:
         super().__init__(gates)

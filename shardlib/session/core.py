@@ -46,6 +46,7 @@ class Core:
     pools: ShardPools
     waits: Waits
     reroute_timeout_s: float
+    catalog_timeout_s: float
     specs: WeakKeyDictionary[SaTable, KeySpec] = field(default_factory=WeakKeyDictionary)
     _waiting: set[Waiter] = field(default_factory=set)
     token: Callable[[bytes], int] = field(init=False)
@@ -85,6 +86,7 @@ class Core:
         Raises:
             ShardKeyRequired: the table declares neither a shard key nor that it is a reference table.
             InvalidTopology: the catalog does not know the table, or knows it with another key.
+            CatalogUnavailable: the topology in memory does not know the table, and the catalog did not answer in time.
         """
         spec = self.specs.get(table)
         if spec is None:
@@ -98,8 +100,12 @@ class Core:
         if recorded is None:
             try:
                 recorded = self.waits.call(self.refresh).table(table.fullname)
-            except CatalogUnavailable:
-                pass  # the answer below is right for what is known
+            except CatalogUnavailable as error:
+                raise CatalogUnavailable(
+                    error.catalog,
+                    f"{error.reason}; table {table.fullname!r} is not in the topology in memory, and only the catalog "
+                    "can tell whether the cluster knows it by now",
+                ) from error
         if recorded is None:
             raise InvalidTopology(
                 f"the cluster does not know table {table.fullname!r}",
@@ -112,13 +118,13 @@ class Core:
                 "correct the model, or create a new table with the new key and copy the rows",
             )
 
-    def refresh(self, timeout_s: float = 3.0) -> Topology:
-        """Ask the catalog now. Blocks, for `timeout_s` seconds at most; the asyncio side calls it by `waits.call`.
+    def refresh(self) -> Topology:
+        """Ask the catalog now. Blocks, for `catalog_timeout_s` at most; the asyncio side calls it by `waits.call`.
 
         Raises:
             CatalogUnavailable: no answer in time.
         """
-        return self.cache.refresh(timeout_s=timeout_s)
+        return self.cache.refresh(timeout_s=self.catalog_timeout_s)
 
     def newer(self, topology: Topology, closed: GateClosed, shard: str, deadline: float, attempt: int) -> Topology:
         """The topology that a refused transaction should try next.

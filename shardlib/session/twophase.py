@@ -2,53 +2,55 @@
 
 The last of the writing shards (by id) is the *decider*. The others are prepared (`PREPARE TRANSACTION`); then the
 decider commits its own part together with a row in `shardlib.decision`: that one commit is the decision, durable
-before anybody acts on it. Then the others are committed (`COMMIT PREPARED`).
+before anybody acts on it. Then the others are committed (`COMMIT PREPARED`), and the decision is deleted.
 
-Whoever finds a prepared transaction whose session is gone asks the decider: it first *writes* `abort` there unless
-a verdict is there already, so a session that is merely slow finds its own decision refused instead of overruled.
-(Presumed abort with the last-agent optimisation: Gray and Reuter, "Transaction Processing", 1993, chapter 10.)
+What a session leaves behind, parts in doubt and decisions, is settled by anybody: see `settling`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, Final, Literal
 from uuid import uuid4
 
 import psycopg
 from psycopg import errors as pg
 from psycopg import sql
-from psycopg.abc import PQGen
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.util import await_only
 
-from shardlib.errors import InvalidTopology, UnsupportedOperation
+from shardlib.errors import UnsupportedOperation
 from shardlib.fence.connection import AsyncFencedConnection, FencedConnection, drive
 from shardlib.session.core import Core, as_sqlalchemy
+from shardlib.session.settling import gid_of, settle_parts
 from shardlib.session.unit import Leg, Unit
-from shardlib.topology import Shard, Topology
-from shardlib.waits import ThreadWaits
 
-__all__ = ["Settled", "TwoPhase", "settle"]
-
-T = TypeVar("T")
+__all__ = ["TwoPhase"]
 
 _log = logging.getLogger("shardlib.twophase")
-_PREFIX = "shardlib"
-_FINISH_S = 5.0
-_SIDE_BY_SIDE = 16
-
-
-def gid_of(txid: str, decider: str, shard: str) -> str:
-    """The global id of one shard's part: it names the decider, so that anybody can settle it."""
-    return f"{_PREFIX}:{txid}:{decider}:{shard}"
+_FINISH_S: Final = 5.0
+"""How long one answer is waited for, in what follows the decision or takes it back."""
 
 
 def _command(driver: FencedConnection | AsyncFencedConnection, command: sql.Composed | sql.SQL) -> None:
     drive(driver, driver.message(command.as_bytes(driver)))
+
+
+def _command_in_time(driver: FencedConnection | AsyncFencedConnection, command: sql.Composed | sql.SQL) -> None:
+    """`_command`, within `_FINISH_S`: a frozen server closes no connection.
+
+    Raises:
+        psycopg.errors._WaitTimeout: no answer in time; the connection is closed.
+        psycopg.Error: as `_command`.
+    """
+    try:
+        answer: Any = driver.wait(driver.message(command.as_bytes(driver)), timeout=_FINISH_S)
+        if driver.is_async:
+            await_only(answer)
+    except pg._WaitTimeout:  # noqa: SLF001 - what psycopg raises
+        driver.pgconn.finish()
+        raise
 
 
 class TwoPhase:
@@ -102,29 +104,48 @@ class TwoPhase:
     def finish(self) -> None:
         """After the decision is durable: commit the prepared parts.
 
-        A part whose connection is lost is asked for once more on a new one; if that fails too, it is left to `settle`.
+        A part whose connection is lost is asked for once more on a new one. If that fails too, or a shard does not
+        answer in time, the part is left to `settle`: the transaction is committed all the same.
         """
         decider = self._decider
         if decider is None:
             return
-        while self._prepared and self._act(self._prepared[-1], "COMMIT"):
-            self._prepared.pop()  # not before: if this is interrupted, `resolve` carries on
-        if self._prepared and not self.resolve():
+        silent = self._end_parts("COMMIT")
+        resolved = not self._prepared or self.resolve()
+        self._decider = None
+        if silent or not resolved:
             _log.warning("transaction %s is decided (commit) but not yet visible on every shard", self._txid)
             return
-        self._decider = None
         forget = sql.SQL(
             "BEGIN; SET LOCAL synchronous_commit = 'off'; DELETE FROM shardlib.decision WHERE txid = {}; COMMIT"
         ).format(self._txid)
         try:
-            _command(decider.connection.driver, forget)
+            _command_in_time(decider.connection.driver, forget)
         except psycopg.Error as error:
-            _log.info("the decision of transaction %s stays behind: %s", self._txid, type(error).__name__)
+            _log.info("the decision of transaction %s stays until it is settled: %s", self._txid, type(error).__name__)
 
     def abort(self) -> None:
         """Before the decision was asked for: roll the prepared parts back."""
-        self._prepared = [leg for leg in self._prepared if not self._act(leg, "ROLLBACK")]
+        self._end_parts("ROLLBACK")
         self.resolve()  # what has lost its connection
+
+    def _end_parts(self, verb: Literal["COMMIT", "ROLLBACK"]) -> list[Leg]:
+        """End the prepared parts, side by side. Those whose connection is lost stay in `_prepared`.
+
+        Returns:
+            Those whose shard does not answer: not asked for again, which would take as long, but left to `settle`.
+        """
+        silent: list[Leg] = []
+
+        def end(leg: Leg) -> None:
+            answer = self._act(leg, verb)
+            if answer == "silent":
+                silent.append(leg)
+            if answer != "lost":
+                self._prepared.remove(leg)  # not before: if this is interrupted, `resolve` carries on
+
+        self._core.waits.run_all([partial(end, leg) for leg in self._prepared])
+        return silent
 
     def resolve(self) -> bool:
         """The transaction ended and parts of it are still prepared: let the decider's record decide.
@@ -138,131 +159,18 @@ class TwoPhase:
             return True
         parts = [(leg.shard, self._gid(leg)) for leg in prepared]
         self._decider, self._prepared = None, []
-        return self._core.waits.call(_settle_parts, self._core.cache.current, parts)
+        return self._core.waits.call(settle_parts, self._core.cache.current, parts, _FINISH_S)
 
-    def _act(self, leg: Leg, verb: str) -> bool:
+    def _act(self, leg: Leg, verb: Literal["COMMIT", "ROLLBACK"]) -> Literal["ended", "lost", "silent"]:
         command = sql.SQL("{} PREPARED {}").format(sql.SQL(verb), self._gid(leg))
         try:
-            _command(leg.connection.driver, command)
+            _command_in_time(leg.connection.driver, command)
         except pg.UndefinedObject:
-            return True  # it never got as far as being prepared, or somebody settled it already
+            return "ended"  # it never got as far as being prepared, or somebody settled it already
+        except pg._WaitTimeout:  # noqa: SLF001 - of `_command_in_time`
+            _log.warning("%s PREPARED: no answer of shard %s within %g s", verb, leg.shard.name, _FINISH_S)
+            return "silent"
         except (psycopg.Error, SQLAlchemyError) as error:  # SQLAlchemy's, of a connection that was given up
             _log.info("%s PREPARED on %s: %s", verb, leg.shard.name, type(error).__name__)
-            return False
-        return True
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """A prepared transaction that was left in doubt, and how it ended."""
-
-    shard: str
-    gid: str
-    verdict: str
-    """`commit` or `abort`; `pending` if its decider did not answer."""
-
-
-def settle(topology: Topology, *, older_than_s: float, timeout_s: float = 5.0) -> list[Settled]:
-    """Finish the prepared transactions that lost their session. Safe to run anywhere, any number of times at once.
-
-    Blocking; opens its own connections, to 16 shards at a time. A shard that does not answer holds up none of the
-    others. A part whose decider cannot be reached stays as it is.
-
-    Args:
-        topology: the cluster.
-        older_than_s: seconds since it was prepared, by the shard's clock; younger ones are left to their session.
-        timeout_s: seconds to connect, and for each statement.
-
-    Returns:
-        One entry for each transaction in doubt.
-    """
-    # This thread works as well.
-    with closing(ThreadWaits(_SIDE_BY_SIDE - 1)) as waits:
-        found = waits.run_all(
-            [partial(_settle_shard, topology, shard, older_than_s, timeout_s) for shard in topology.shards]
-        )
-    return [settled for of_shard in found for settled in of_shard]
-
-
-def _settle_shard(topology: Topology, shard: Shard, older_than_s: float, timeout_s: float) -> list[Settled]:
-    done: list[Settled] = []
-    silent: set[str] = set()
-    try:
-        with _connect(shard, timeout_s) as conn:
-            rows = conn.execute(
-                "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() AND gid LIKE %s"
-                " AND prepared <= now() - make_interval(secs => %s)",
-                (f"{_PREFIX}:%", older_than_s),
-            ).fetchall()
-            for (gid,) in rows:
-                done.append(_settle_one(topology, shard, conn, gid, timeout_s, silent))
-    except psycopg.Error as error:
-        _log.warning("in-doubt transactions of shard %s: %s", shard.name, type(error).__name__)
-    return done
-
-
-def _settle_parts(topology: Topology, parts: Sequence[tuple[Shard, str]]) -> bool:
-    settled = True
-    silent: set[str] = set()
-    for shard, gid in parts:
-        try:
-            with _connect(shard, _FINISH_S) as conn:
-                settled &= _settle_one(topology, shard, conn, gid, _FINISH_S, silent).verdict != "pending"
-        except psycopg.Error as error:
-            settled = False
-            _log.warning("%s is in doubt on shard %s until it answers: %s", gid, shard.name, type(error).__name__)
-    return settled
-
-
-class _Patient(psycopg.Connection[tuple[object, ...]]):
-    """A connection that waits for each answer within a limit of its own: a frozen server keeps no limit of its."""
-
-    patience_s: float = 5.0
-
-    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        try:
-            return super().wait(gen, interval, self.patience_s if timeout is None else timeout)
-        except pg._WaitTimeout:  # noqa: SLF001 - psycopg asks its callers to convert it
-            self.pgconn.finish()
-            raise psycopg.OperationalError(f"no answer within {self.patience_s:g} s") from None
-
-
-def _connect(shard: Shard, timeout_s: float) -> _Patient:
-    conn = _Patient.connect(
-        # Nothing that PgBouncer would refuse: no startup options.
-        shard.primary.conninfo(connect_timeout=max(2, round(timeout_s)), application_name="shardlib settle"),
-        autocommit=True,
-        prepare_threshold=None,
-    )
-    conn.patience_s = timeout_s
-    return conn
-
-
-def _settle_one(
-    topology: Topology, shard: Shard, conn: _Patient, gid: object, timeout_s: float, silent: set[str]
-) -> Settled:
-    """Settle one part. `silent`: the deciders that did not answer so far; none of them is waited for twice."""
-    _, txid, decider_id, *_ = (*str(gid).split(":"), "", "")
-    if decider_id in silent:
-        return Settled(shard.name, str(gid), "pending")
-    try:
-        with _connect(topology.shard(decider_id), timeout_s) as decider:
-            decider.execute(
-                "INSERT INTO shardlib.decision (txid, verdict) VALUES (%s, 'abort') ON CONFLICT DO NOTHING", (txid,)
-            )
-            found: Sequence[object] | None = decider.execute(
-                "SELECT verdict FROM shardlib.decision WHERE txid = %s", (txid,)
-            ).fetchone()
-    except (psycopg.Error, InvalidTopology) as error:
-        silent.add(decider_id)
-        _log.warning("the decider of %s does not answer, or is not of this cluster: %s", gid, type(error).__name__)
-        return Settled(shard.name, str(gid), "pending")
-    verdict = str(found[0]) if found else "pending"
-    if verdict != "pending":
-        verb = "COMMIT" if verdict == "commit" else "ROLLBACK"
-        try:
-            conn.execute(sql.SQL("{} PREPARED {}").format(sql.SQL(verb), str(gid)))
-        except pg.UndefinedObject:
-            pass  # its session, or another settler, was faster
-        _log.info("settled %s on shard %s: %s", gid, shard.name, verdict)
-    return Settled(shard.name, str(gid), verdict)
+            return "lost"
+        return "ended"

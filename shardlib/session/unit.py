@@ -255,7 +255,10 @@ class Unit:
         adopt: Callable[[ShardConnection], None],
         options: Mapping[str, Any] | None,
     ) -> None:
-        """Begin on the new shards side by side; adopt all of them or none."""
+        """Begin on the new shards side by side; adopt none of them unless all have begun.
+
+        If `adopt` fails, those before it stay adopted, and end with the transaction; the others are given back.
+        """
         begun: dict[str, ShardConnection] = {}
         refusals: list[Exception] = []
 

@@ -10,12 +10,14 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError
 
 from shardlib import ShardedEngine, errors
 from shardlib.catalog import open_catalog
 from shardlib.dsn import Dsn
-from shardlib.session import twophase
+from shardlib.session import settling, twophase
 from shardlib_ops import LocalCluster
+from tests.support.eventually import eventually
 from tests.support.facade import AsyncFacade, SyncFacade
 from tests.support.faults import Proxy
 from tests.support.models import Base, Customer
@@ -174,21 +176,24 @@ def test_settling_does_not_wait_for_a_frozen_server(
 ) -> None:
     """The shard takes the connection and then falls silent: its parts stay in doubt, the others' are looked at."""
     topology = facade.core.topology
-    real = twophase._connect
+    real = settling._connect
 
-    def then_frozen(shard: Any, timeout_s: float) -> Any:
-        conn = real(shard, timeout_s)
+    def then_frozen(topology: Any, shard: Any, timeout_s: float) -> Any:
+        conn = real(topology, shard, timeout_s)
         if shard.id == topology.shards[0].id:
             proxied[1][0].stall()
         return conn
 
-    monkeypatch.setattr(twophase, "_connect", then_frozen)
+    monkeypatch.setattr(settling, "_connect", then_frozen)
     began = time.monotonic()
     try:
-        assert twophase.settle(topology, older_than_s=0, timeout_s=1) == []
+        (entry,) = settling.settle(topology, older_than_s=0, timeout_s=1)
     finally:
         proxied[1][0].heal()
     assert 0.9 < time.monotonic() - began < 10
+    assert (entry.shard, entry.gid, entry.verdict) == (topology.shards[0].name, "", "pending")
+    assert "no answer within 1 s" in entry.reason
+    assert "settle again" in entry.remedy
 
 
 def test_settling_asks_the_shards_side_by_side(
@@ -209,12 +214,112 @@ def test_settling_asks_the_shards_side_by_side(
 
         class Wider:
             shards = (*dead, alive, decider)
+            cluster_id = topology.cluster_id
             shard = staticmethod(topology.shard)
 
         began = time.monotonic()
-        done = twophase.settle(Wider(), older_than_s=0, timeout_s=2)  # type: ignore[arg-type]
+        done = settling.settle(Wider(), older_than_s=0, timeout_s=2)  # type: ignore[arg-type]
         took_s = time.monotonic() - began
         silent.heal()
-    assert [(entry.shard, entry.verdict) for entry in done] == [(alive.name, "commit")]
+    assert [(entry.shard, entry.verdict) for entry in done] == [
+        *((shard.name, "pending") for shard in dead),
+        (alive.name, "commit"),
+    ]
+    assert not any(entry.gid for entry in done[:-1])
     assert rows(cluster) == [1, 1]
     assert took_s < 6, f"{took_s:.1f} s: six shards of 2 s each in a row are 12"
+
+
+def decisions(cluster: LocalCluster) -> list[str]:
+    with psycopg.connect(cluster.servers[1].dsn) as conn:
+        return [str(verdict) for (verdict,) in conn.execute("SELECT verdict FROM shardlib.decision").fetchall()]
+
+
+@pytest.mark.timeout(60)
+def test_a_server_freezes_after_the_decision(
+    facade: Any, proxied: tuple[LocalCluster, list[Proxy]], keys: list[str], monkeypatch: Any
+) -> None:
+    """Nothing is answered and nothing closed: commit() tells success within a limit, and settling does the rest."""
+    cluster, _ = proxied
+    real = twophase.TwoPhase.finish
+
+    def frozen(self: twophase.TwoPhase) -> None:
+        cluster.servers[0].pause()
+        real(self)
+
+    monkeypatch.setattr(twophase.TwoPhase, "finish", frozen)
+    began = time.monotonic()
+    try:
+        facade.session(
+            lambda s: (s.add_all([Customer(tenant_id=key, id=1, name="x") for key in keys]), s.commit()), twophase=True
+        )
+        took_s = time.monotonic() - began
+        assert decisions(cluster) == ["commit"]
+    finally:
+        cluster.servers[0].resume()
+    assert took_s < twophase._FINISH_S + 3
+    # The server runs what it had received as it wakes up, or settling does.
+    assert {entry.verdict for entry in facade.core.settle(older_than_s=0)} <= {"commit"}
+    eventually(lambda: prepared(cluster) == 0, 10, "the part is committed")
+    assert rows(cluster) == [1, 1]
+    facade.core.settle(older_than_s=0)
+    assert decisions(cluster) == []
+    assert sorted(facade.session(lambda s: s.scalars(select(Customer.name)).all())) == ["x", "x"]
+
+
+@pytest.mark.timeout(60)
+def test_the_decider_freezes_once_all_is_committed(
+    facade: Any, proxied: tuple[LocalCluster, list[Proxy]], keys: list[str], monkeypatch: Any
+) -> None:
+    cluster, _ = proxied
+    real = twophase.TwoPhase._end_parts
+
+    def then_frozen(self: twophase.TwoPhase, verb: Any) -> Any:
+        left = real(self, verb)
+        cluster.servers[1].pause()
+        return left
+
+    monkeypatch.setattr(twophase.TwoPhase, "_end_parts", then_frozen)
+    began = time.monotonic()
+    try:
+        facade.session(
+            lambda s: (s.add_all([Customer(tenant_id=key, id=1, name="x") for key in keys]), s.commit()), twophase=True
+        )
+        took_s = time.monotonic() - began
+    finally:
+        cluster.servers[1].resume()
+    assert took_s < twophase._FINISH_S + 3
+    assert rows(cluster) == [1, 1]
+    assert facade.core.settle(older_than_s=0) == []
+    assert decisions(cluster) == []
+
+
+@pytest.mark.timeout(60)
+def test_a_server_freezes_as_its_part_is_rolled_back(
+    facade: Any, proxied: tuple[LocalCluster, list[Proxy]], keys: list[str], monkeypatch: Any
+) -> None:
+    cluster, proxies = proxied
+    real = twophase.TwoPhase.abort
+
+    def frozen(self: twophase.TwoPhase) -> None:
+        cluster.servers[0].pause()
+        real(self)
+
+    def body(s: Any) -> None:
+        s.add_all([Customer(tenant_id=key, id=1, name="x") for key in keys])
+        s.flush()
+        proxies[1].cut_at("INSERT INTO SHARDLIB.DECISION", forwarded=False)
+        s.commit()
+
+    monkeypatch.setattr(twophase.TwoPhase, "abort", frozen)
+    began = time.monotonic()
+    try:
+        with pytest.raises((errors.RetryableError, DBAPIError)):
+            facade.session(body, twophase=True)
+        took_s = time.monotonic() - began
+    finally:
+        cluster.servers[0].resume()
+    assert took_s < twophase._FINISH_S + 3
+    assert {entry.verdict for entry in facade.core.settle(older_than_s=0)} <= {"abort"}
+    eventually(lambda: prepared(cluster) == 0, 10, "the part is rolled back")
+    assert rows(cluster) == [0, 0]

@@ -11,7 +11,8 @@ from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from shardlib import errors
-from shardlib.session.twophase import TwoPhase, gid_of, settle
+from shardlib.session.settling import gid_of, settle
+from shardlib.session.twophase import TwoPhase
 from tests.support.eventually import eventually
 from tests.support.models import Customer, Order
 
