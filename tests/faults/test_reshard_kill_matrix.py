@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +19,7 @@ from shardlib_ops.manager.manager import Manager
 from shardlib_ops.reshard.job import Job, Status
 from shardlib_ops.reshard.resharder import Resharder
 from tests.support.hammer import Hammer
-from tests.support.job_runner import DIED
+from tests.support.job_runner import run_and_die
 
 pytestmark = [pytest.mark.promise("P4"), pytest.mark.fault, pytest.mark.timeout(240)]
 
@@ -55,15 +52,6 @@ def cluster() -> Iterator[LocalCluster]:
         yield made
 
 
-def run_and_die(url: str, job: Job, step: str, *, complete: bool) -> None:
-    arguments = {"url": url, "job": job.id, "step": step, "complete": complete}
-    died = subprocess.run(
-        [sys.executable, "-m", "tests.support.job_runner", json.dumps(arguments)],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert died.returncode == DIED, f"it did not reach {step}: {died.stdout}{died.stderr[-3000:]}"
-
-
 async def run(url: str, job: Job, *, complete: bool = False) -> Job:
     async with Resharder(url, lease_ttl_s=2.0) as resharder, asyncio.timeout(60):
         return await resharder.run(job.id, complete=complete)
@@ -74,7 +62,7 @@ async def one(cluster: LocalCluster, step: str, what: str) -> None:
     url = cluster.url
     async with Manager(url) as manager:
         job = await manager.split("shard-01", targets=[{"shard_id": "shard-02"}])
-        await asyncio.to_thread(run_and_die, url, job, step, complete=step in CLEANING)
+        await asyncio.to_thread(run_and_die, url, job.id, step, complete=step in CLEANING)
         if what == "cancel":
             await manager.cancel(job.id)
         elif what == "rollback":

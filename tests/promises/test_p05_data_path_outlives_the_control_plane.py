@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,13 +13,14 @@ import pytest
 from sqlalchemy import select
 
 from shardlib import ShardedEngine, errors
-from shardlib.catalog import open_catalog
+from shardlib.catalog import Catalog, open_catalog
 from shardlib.fence import close_gate, open_gate
 from shardlib.topology.change import renew_gates
 from shardlib_ops import LocalCluster
 from tests.support.eventually import eventually
 from tests.support.facade import AsyncFacade, SyncFacade
 from tests.support.models import Base, Customer
+from tests.support.topologies import changed
 
 pytestmark = [pytest.mark.promise("P5"), pytest.mark.fault]
 
@@ -40,6 +42,11 @@ def add(facade: Any, number: int) -> None:
     facade.session(lambda s: (s.add(Customer(tenant_id=f"t{number}", id=1, name="x")), s.commit()))
 
 
+def open_operator(cluster: LocalCluster) -> closing[Catalog]:
+    """The catalog as who changes topologies opens it."""
+    return closing(open_catalog(cluster.url, timeout_s=1))
+
+
 def count(facade: Any) -> int:
     return len(facade.session(lambda s: s.scalars(select(Customer)).all()))
 
@@ -55,39 +62,46 @@ def test_p5_work_goes_on_while_etcd_is_killed_and_stopped(cluster: LocalCluster,
         assert count(facade) == 6
         with pytest.raises(errors.CatalogUnavailable):
             facade.core.refresh()
+        with open_operator(cluster) as operator, pytest.raises(errors.CatalogUnavailable):
+            operator.publish(changed(facade.core.topology), expected=facade.core.topology.version)
         etcd.start()
         etcd.pause()
         for number in range(6, 10):
             add(facade, number)
         assert count(facade) == 10
         etcd.resume()
-        # And what changes afterwards is learned.
-        catalog = open_catalog(cluster.url)
-        before = eventually(catalog.load, 20, ignore=errors.CatalogUnavailable)
-        catalog.publish(before.evolve(nonce="later"), expected=before.version)
+        with open_operator(cluster) as operator:  # and what changes afterwards is learned
+            before = eventually(operator.load, 20, ignore=errors.CatalogUnavailable)
+            operator.publish(changed(before), expected=before.version)
         eventually(lambda: facade.core.topology.version > before.version, 20)
-        catalog.close()
     finally:
         facade.close()
 
 
-def test_p5_an_application_starts_from_its_saved_topology(cluster: LocalCluster, kind: Any, tmp_path: Path) -> None:
-    file = tmp_path / "topology"
+@pytest.mark.parametrize("fault", ["kill", "pause"])
+def test_p5_an_application_starts_from_its_saved_topology(
+    cluster: LocalCluster, kind: Any, tmp_path: Path, fault: str
+) -> None:
+    file, etcd = tmp_path / "topology", cluster.etcd[0]
     first = kind(cluster.url, topology_file=file)
     add(first, 0)
     eventually(file.exists, 5)
     first.close()
     assert file.stat().st_mode & 0o077 == 0
-    cluster.etcd[0].kill()
+    getattr(etcd, fault)()
     with pytest.raises(errors.CatalogUnavailable):
         kind(cluster.url, catalog_timeout_s=1)
     second = kind(cluster.url, topology_file=file, catalog_timeout_s=1)
     try:
         add(second, 1)
         assert count(second) == 2
+        etcd.start() if fault == "kill" else etcd.resume()
+        with open_operator(cluster) as operator:
+            before = eventually(operator.load, 20, ignore=errors.CatalogUnavailable)
+            operator.publish(changed(before), expected=before.version)
+        eventually(lambda: second.core.topology.version > before.version, 20, "it follows the catalog again")
     finally:
         second.close()
-        cluster.etcd[0].start()
 
 
 def test_p5_an_old_saved_topology_is_safe(cluster: LocalCluster, kind: Any, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -27,6 +30,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from shardlib import AsyncShardedEngine, ShardedEngine, ShardedSession, errors
 from shardlib.catalog import open_catalog
 from shardlib.dsn import Dsn
+from shardlib.engine.options import CALLS, EngineOptions
+from shardlib.route.retry import RetryPolicy
+from shardlib.shard.options import PoolOptions
+from shardlib.telemetry.options import TelemetryOptions
 from shardlib_ops import LocalCluster
 from shardlib_ops.manager.bootstrap import NewShard, create_cluster
 from tests.support.models import Base, Currency, Customer, Order
@@ -56,6 +63,113 @@ def test_p10_engine_arguments(
 ) -> None:
     with pytest.raises(error, match=match):
         engine_class(url, **{"catalog_timeout_s": 0.3} | options)
+
+
+OPTIONS = {
+    "consistency": [5, None],
+    "hash_function": [5, True, ["murmur3"]],
+    "topology_file": [5, True, ""],
+    "catalog_timeout_s": ["3", None, True, float("nan"), float("inf")],
+    "poll_s": ["30", None],
+    "reroute_timeout_s": ["15"],
+    "retry": [3, 0, False, "8", RetryPolicy],
+    "telemetry": [True, False, {}, TelemetryOptions],
+    "echo": ["no", 1, None],
+    "pgbouncer": ["no", 1, None],
+    "pool_size": ["5", True, None],
+    "pool_timeout_s": ["30", None, float("nan")],
+    "pre_ping_idle_s": ["30"],
+    "connect_timeout_s": ["5", 2.5],
+    "application_name": [None, 5],
+    "prepare_threshold": ["5", True],
+}
+
+
+def says(caught: Any, name: str, value: object) -> None:
+    """The option, the value and what is expected stand in the message and in the attributes."""
+    error = caught.value
+    assert isinstance(error, errors.InvalidArgument)
+    assert error.name == name
+    assert error.value is value
+    assert f"{name}={value!r} is not allowed: " in str(error)
+    assert len(error.allowed) > 5
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in OPTIONS for value in OPTIONS[name]])
+async def test_p10_options_of_a_wrong_type(name: str, value: Any) -> None:
+    for make in (ShardedEngine, AsyncShardedEngine):
+        with pytest.raises(errors.InvalidArgument) as caught:
+            make("memory://empty", **{name: value})
+        says(caught, name, value)
+    with pytest.raises(errors.InvalidArgument) as caught:
+        await AsyncShardedEngine.open("memory://empty", **{name: value})
+    says(caught, name, value)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        (RetryPolicy, "attempts_max", "8"),
+        (RetryPolicy, "attempts_max", 0),
+        (RetryPolicy, "attempts_max", True),
+        (RetryPolicy, "attempts_max", 2.5),
+        (RetryPolicy, "wait_s_first", "0.1"),
+        (RetryPolicy, "wait_s_first", None),
+        (RetryPolicy, "wait_s_max", "2"),
+        (RetryPolicy, "wait_s_max", float("nan")),
+        (TelemetryOptions, "spans", "no"),
+        (TelemetryOptions, "metrics", 1),
+        (TelemetryOptions, "query_text", None),
+        (TelemetryOptions, "tracer_provider", "jaeger"),
+        (TelemetryOptions, "meter_provider", object),
+        (partial(open_catalog, "memory://empty"), "timeout_s", "3"),
+        (partial(open_catalog, "memory://empty"), "poll_s", None),
+    ],
+)
+def test_p10_values_of_a_wrong_type(make: Any, name: str, value: Any) -> None:
+    with pytest.raises(errors.InvalidArgument) as caught:
+        make(**{name: value})
+    says(caught, name, value)
+
+
+def test_p10_every_option_has_a_rule() -> None:
+    """An option that is added gets one too, or this names it."""
+    for options in (EngineOptions, PoolOptions, RetryPolicy, TelemetryOptions):
+        rules = vars(inspect.getmodule(options))["_RULES"]
+        assert {field.name for field in dataclasses.fields(options)} - {"consistency"} == set(rules)
+    load = inspect.signature(ShardedEngine.bulk_load).parameters.values()
+    assert {each.name for each in load if each.kind is each.KEYWORD_ONLY} <= set(CALLS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_rows", "5"), ("batch_rows", 0), ("batch_rows", True), ("batch_rows", 2.5),
+        ("stall_timeout_s", "5"), ("stall_timeout_s", None), ("stall_timeout_s", 0), ("stall_timeout_s", float("nan")),
+        ("progress", True), ("progress", "yes"), ("columns", "tenant_id"), ("columns", 5),
+    ],
+)  # fmt: skip
+def test_p10_options_of_a_bulk_load(facade: Any, name: str, value: Any) -> None:
+    with pytest.raises(errors.InvalidArgument) as caught:
+        facade.core.bulk_load(Customer, [], **{name: value})
+    says(caught, name, value)
+
+
+async def test_p10_options_of_a_bulk_load_of_asyncio(shop: LocalCluster) -> None:
+    async with AsyncShardedEngine(shop.url) as engine:
+        with pytest.raises(errors.InvalidArgument, match=r"batch_rows='5'.*whole number"):
+            await engine.bulk_load(Customer, [], batch_rows="5")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("roles", ["app", 5, None, [5], b"app"])
+def test_p10_roles_of_applications(shop: LocalCluster, roles: Any) -> None:
+    with ShardedEngine(shop.url) as engine:
+        with pytest.raises(errors.InvalidArgument) as caught:
+            engine.create_all(Base.metadata, app_roles=roles)
+        says(caught, "app_roles", roles)
+        with pytest.raises(errors.InvalidArgument) as caught:
+            engine.settle(older_than_s="60")  # type: ignore[arg-type]
+        says(caught, "older_than_s", "60")
 
 
 def test_p10_two_engines_with_different_hash_functions(shop: LocalCluster) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 import sys
 
 from shardlib_ops.reshard.resharder import Resharder
@@ -28,6 +29,14 @@ async def main(url: str, job: int, step: str | None, complete: bool, nth: int = 
     async with Resharder(url, lease_ttl_s=2.0, on_step=reached) as resharder:
         found = await resharder.run(job, complete=complete)
         print(found.status.value)
+
+
+def run_and_die(url: str, job: int, step: str, *, complete: bool = False) -> None:
+    """Run a job in a process of its own until it dies at a step."""
+    arguments = {"url": url, "job": job, "step": step, "complete": complete}
+    command = [sys.executable, "-m", "tests.support.job_runner", json.dumps(arguments)]
+    died = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert died.returncode == DIED, f"it did not reach {step}: {died.stdout}{died.stderr[-3000:]}"
 
 
 if __name__ == "__main__":
