@@ -16,7 +16,8 @@ from shardlib.fence.connection import UnknownCommit
 from shardlib.waits import forget_after_fork
 
 __all__ = [
-    "BUCKETS_S", "COUNTERS", "DURATION", "POOL_SIZE", "Family", "Metrics", "Observed", "PoolSizes", "blame", "text_of",
+    "BUCKETS_S", "COUNTERS", "DURATION", "POOL_SIZE", "Family", "Metrics", "Observed", "PoolSizes", "blame", "head",
+    "sample", "text_of",
 ]  # fmt: skip
 
 PoolSizes = Iterable[tuple[str, str, int]]
@@ -218,28 +219,30 @@ def text_of(metrics: Metrics | None, pools: PoolSizes) -> str:
     lines: list[str] = []
     if metrics is not None:
         for family in COUNTERS:
-            lines += _head(family)
+            lines += head(family)
             for values, count in metrics.counts(family).items():
-                lines.append(_sample(family.name, dict(zip(family.labels, values, strict=True)), count))
-        lines += _head(DURATION)
+                lines.append(sample(family.name, dict(zip(family.labels, values, strict=True)), count))
+        lines += head(DURATION)
         for operation, (buckets, total) in metrics.durations().items():
             labels = {"operation": operation}
             below = 0
             for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), buckets, strict=True):
                 below += count
-                lines.append(_sample(f"{DURATION.name}_bucket", {**labels, "le": bound}, below))
-            lines.append(_sample(f"{DURATION.name}_sum", labels, total))
-            lines.append(_sample(f"{DURATION.name}_count", labels, below))
-    lines += _head(POOL_SIZE)
-    lines += [_sample(POOL_SIZE.name, {"shard": shard, "state": state}, size) for shard, state, size in pools]
+                lines.append(sample(f"{DURATION.name}_bucket", {**labels, "le": bound}, below))
+            lines.append(sample(f"{DURATION.name}_sum", labels, total))
+            lines.append(sample(f"{DURATION.name}_count", labels, below))
+    lines += head(POOL_SIZE)
+    lines += [sample(POOL_SIZE.name, {"shard": shard, "state": state}, size) for shard, state, size in pools]
     return "\n".join(lines) + "\n"
 
 
-def _head(family: Family) -> list[str]:
+def head(family: Family) -> list[str]:
+    """What stands before the samples of a metric."""
     return [f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}"]
 
 
-def _sample(name: str, labels: Mapping[str, str], value: float) -> str:
+def sample(name: str, labels: Mapping[str, str], value: float) -> str:
+    """The line of one value."""
     shown = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels.items())
     return f"{name}{{{shown}}} {value}" if shown else f"{name} {value}"
 

@@ -23,6 +23,7 @@ from shardlib.ring import TokenRange
 from shardlib.topology.model import Move
 
 __all__ = [
+    "WAY_BACK_LOST",
     "Job",
     "Kind",
     "Leg",
@@ -32,6 +33,9 @@ __all__ = [
     "encode_job",
     "legs_of",
 ]
+
+
+WAY_BACK_LOST: Final = "the stream back to the old side is lost: `rollback` is not possible, `complete` is"
 
 
 class Kind(StrEnum):

@@ -1,4 +1,8 @@
-"""Job records and operators' wishes in the catalog: `jobs/7`, written by its runner, and `wishes/7`, by anybody."""
+"""Jobs in the catalog: `jobs/7`, the record, and `progress/7` are written by the job's runner, `wishes/7` by anybody.
+
+The progress stands beside the record, not in it: it is written every second, by the way, and a record that is written
+with its revision in hand must never be in the way of that, nor the other way round.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Final
 from shardlib.catalog import Catalog, Conflict, Lease
 from shardlib.errors import InvalidTopology
 from shardlib_ops.reshard.job import Job, Wish, decode_job, encode_job
+from shardlib_ops.reshard.progress.model import JobProgress, decode_progress, encode_progress
 
 __all__ = ["JobStore"]
 
@@ -23,6 +28,7 @@ class JobStore:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._revisions: dict[int, int] = {}
+        self._progress_revisions: dict[int, int | None] = {}
 
     def load(self, job_id: int) -> Job:
         """A job.
@@ -86,6 +92,31 @@ class JobStore:
             revision = self._catalog.write_document(_job(job.id), data, expected=found.revision, lease=lease)
         self._revisions[job.id] = revision
 
+    def progress(self, job_id: int) -> JobProgress | None:
+        """How far a job was when its runner wrote that down last; None if none has.
+
+        Raises:
+            InvalidTopology: it cannot be read.
+            CatalogUnavailable: no answer.
+        """
+        found = self._catalog.read_document(_progress(job_id))
+        return None if found is None else decode_progress(found.data)
+
+    def save_progress(self, progress: JobProgress, lease: Lease) -> None:
+        """Store how far a job is, while its lease is held. Tried once: the next one tells more.
+
+        Raises:
+            Conflict: the lease is lost.
+            CatalogUnavailable: no answer.
+        """
+        name, data = _progress(progress.job), encode_progress(progress)
+        if progress.job not in self._progress_revisions:
+            found = self._catalog.read_document(name)
+            self._progress_revisions[progress.job] = None if found is None else found.revision
+        expected = self._progress_revisions.pop(progress.job)  # whatever fails now, it is read again
+        revision = self._catalog.write_document(name, data, expected=expected, lease=lease)
+        self._progress_revisions[progress.job] = revision
+
     def wish(self, job_id: int) -> Wish:
         """What was asked of a job last; `run` if nothing was.
 
@@ -118,6 +149,10 @@ class JobStore:
 
 def _job(job_id: int) -> str:
     return f"jobs/{job_id:d}"
+
+
+def _progress(job_id: int) -> str:
+    return f"progress/{job_id:d}"
 
 
 def _wish(job_id: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -17,10 +17,11 @@ from shardlib_ops.reshard.copy.chunks import line_filter, whole_lines
 from shardlib_ops.reshard.copy.reader import Reader, find_psql, open_reader
 from shardlib_ops.reshard.copy.snapshot import ExportedSnapshot
 from shardlib_ops.reshard.link import Link
+from shardlib_ops.reshard.room import no_room
 from shardlib_ops.reshard.rows import TableShape
 from shardlib_ops.reshard.world import Blocked
 
-__all__ = ["Key", "collect_keys", "key_texts", "leg_keys", "locks_awaited", "share", "take_snapshot"]
+__all__ = ["Key", "blocks_of", "collect_keys", "key_texts", "leg_keys", "locks_awaited", "share", "take_snapshot"]
 
 Key = tuple[str, tuple[str, ...]]
 """Text of the first part of a shard key, and those of the others."""
@@ -59,6 +60,7 @@ async def collect_keys(
 
     Raises:
         Blocked: somebody has locked a table for long.
+        Lost: a disk is full.
         ShardUnavailable: a server did not answer.
         psycopg.Error: of the server; SQLSTATE SL001 if a later runner holds the job.
     """
@@ -92,11 +94,11 @@ async def _collect(
         stack.push_async_callback(reader.close)
         await take_snapshot(reader, snapshot)
         writes: list[Callable[[bytes], Awaitable[None]]] = []
-        for opened in (link.open_origin, link.open_sink):
+        for opened, shard in ((link.open_origin, link.origin), (link.open_sink, link.sink)):
             conn = await opened("keys")
             stack.push_async_callback(conn.close)
-            writes.append(await stack.enter_async_context(_writing(conn, link.runner, parts)))
-        blocks = await stack.enter_async_context(aclosing(reader.blocks(_distinct(shapes, parts))))
+            writes.append(await stack.enter_async_context(_writing(conn, shard.name, link.runner, parts)))
+        blocks = await stack.enter_async_context(aclosing(blocks_of(link, reader, _distinct(shapes, parts))))
         async for block in blocks:
             lines = keep(whole_lines(pending, block))
             if not lines:
@@ -147,9 +149,18 @@ def key_texts(shape: TableShape) -> list[sql.Composable]:
 
 @asynccontextmanager
 async def _writing(
+    conn: AsyncConnection[Any], shard: str, runner: Runner, parts: int
+) -> AsyncIterator[Callable[[bytes], Awaitable[None]]]:
+    """A transaction that adds keys at a shard, given as lines of text COPY."""
+    with no_room(shard):
+        async with _adding(conn, runner, parts) as write:
+            yield write
+
+
+@asynccontextmanager
+async def _adding(
     conn: AsyncConnection[Any], runner: Runner, parts: int
 ) -> AsyncIterator[Callable[[bytes], Awaitable[None]]]:
-    """A transaction that adds keys, given as lines of text COPY."""
     name = keys_table(runner.job)
     columns = sql.SQL("k" if parts == 1 else "k, more")
     async with conn.transaction():
@@ -183,6 +194,18 @@ async def take_snapshot(reader: Reader, snapshot: ExportedSnapshot) -> None:
     await reader.run(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(snapshot.name))
     await reader.run(sql.SQL("SET LOCAL work_mem = {}").format(_WORK_MEM))
     await reader.run(sql.SQL("SET LOCAL lock_timeout = {}").format(LOCK_MS))
+
+
+async def blocks_of(link: Link, reader: Reader, copy: sql.Composable) -> AsyncGenerator[bytes, None]:
+    """As `Reader.blocks`.
+
+    Raises:
+        Lost: the disk of the origin is full: sorting takes room there.
+    """
+    with no_room(link.origin.name):
+        async with aclosing(reader.blocks(copy)) as blocks:
+            async for block in blocks:
+                yield block
 
 
 def share(shapes: Sequence[TableShape]) -> sql.Composed:

@@ -15,7 +15,7 @@ from psycopg import AsyncConnection, sql
 
 from shardlib.errors import InvalidArgument
 from shardlib_ops.reshard.copy.chunks import Chunk, chunks_of
-from shardlib_ops.reshard.copy.keys import LOCK_MS, Key, leg_keys, locks_awaited, share, take_snapshot
+from shardlib_ops.reshard.copy.keys import LOCK_MS, Key, blocks_of, leg_keys, locks_awaited, share, take_snapshot
 from shardlib_ops.reshard.copy.plan import KEYS_MAX, Part, Way, copied_tables, key_list, measure, way_of
 from shardlib_ops.reshard.copy.reader import Reader, find_psql, open_reader
 from shardlib_ops.reshard.copy.snapshot import ExportedSnapshot
@@ -125,6 +125,7 @@ async def copy_tables(
         InvalidArgument: a number is not positive.
         InvalidTopology: a table of the sink lacks a column.
         Blocked: somebody has locked a table for long.
+        Lost: the sink's disk is full.
         ShardUnavailable: a server did not answer.
         psycopg.Error: of a server; SQLSTATE SL001 if a later runner holds the job.
     """
@@ -227,7 +228,7 @@ class _Job:
         query = way.read(item.part, item.chunk.condition(), self._listed(len(way.shape.table.key)))
         async with writing_rows(sink, self.link, number):
             cursor = sink.cursor()
-            async with cursor.copy(way.write()) as copy, aclosing(reader.blocks(query)) as blocks:
+            async with cursor.copy(way.write()) as copy, aclosing(blocks_of(self.link, reader, query)) as blocks:
                 async for block in blocks:
                     if data := sieve.feed(block):
                         await self.pace.spend(len(data))

@@ -11,6 +11,7 @@ from psycopg import AsyncConnection
 from shardlib_ops.reshard.connect import Runner
 from shardlib_ops.reshard.control import claimed
 from shardlib_ops.reshard.link import Link
+from shardlib_ops.reshard.room import no_room
 
 __all__ = ["forget_places", "write_down", "writing_rows"]
 
@@ -23,7 +24,17 @@ async def writing_rows(conn: AsyncConnection[Any], link: Link, worker: int) -> A
     the workers would wait for each other until the end of their transactions.
 
     What it writes counts only when `write_down` has committed, so it need not be on the disk before.
+
+    Raises:
+        Lost: the sink's disk is full.
     """
+    with no_room(link.sink.name):
+        async with _writing(conn, link, worker):
+            yield
+
+
+@asynccontextmanager
+async def _writing(conn: AsyncConnection[Any], link: Link, worker: int) -> AsyncIterator[None]:
     async with conn.transaction():
         await conn.execute(claimed(link.runner))
         await conn.execute(

@@ -1,6 +1,7 @@
 """Changes of moving rows flow from the shard that serves them to the one that follows: slots, decoding, applying."""
 
 from shardlib_ops.reshard.stream.apply import Key
+from shardlib_ops.reshard.stream.budget import MAX_SLOT_WAL, watch_slot
 from shardlib_ops.reshard.stream.decode import lsn_number, lsn_text
 from shardlib_ops.reshard.stream.faults import (
     CannotFollow,
@@ -9,6 +10,7 @@ from shardlib_ops.reshard.stream.faults import (
     SchemaChanged,
     SlotBlocked,
     SlotLost,
+    SlotOverBudget,
     StreamStopped,
 )
 from shardlib_ops.reshard.stream.filter import mover
@@ -24,6 +26,7 @@ from shardlib_ops.reshard.stream.slot import (
 from shardlib_ops.reshard.stream.stream import NewKeys, Standstill, Stream
 
 __all__ = [
+    "MAX_SLOT_WAL",
     "CannotFollow",
     "Diverged",
     "Key",
@@ -32,6 +35,7 @@ __all__ = [
     "SchemaChanged",
     "SlotBlocked",
     "SlotLost",
+    "SlotOverBudget",
     "SlotState",
     "Standstill",
     "Stream",
@@ -44,5 +48,6 @@ __all__ = [
     "lsn_text",
     "mover",
     "slot_state",
+    "watch_slot",
     "who_blocks_a_slot",
 ]

@@ -4,8 +4,19 @@
 from __future__ import annotations
 
 from shardlib.errors import RetryableError, ShardlibError
+from shardlib_ops.reshard.control import Direction
+from shardlib_ops.reshard.units import size
 
-__all__ = ["CannotFollow", "Diverged", "MalformedStream", "SchemaChanged", "SlotBlocked", "SlotLost", "StreamStopped"]
+__all__ = [
+    "CannotFollow",
+    "Diverged",
+    "MalformedStream",
+    "SchemaChanged",
+    "SlotBlocked",
+    "SlotLost",
+    "SlotOverBudget",
+    "StreamStopped",
+]
 
 
 class _FaultError(ShardlibError):
@@ -55,6 +66,32 @@ class SlotBlocked(RetryableError):
         return (
             f"slot {self.slot!r} of shard {self.shard!r} was not ready within {self.timeout_s:g} s, as it waits for "
             f"{self.holders}; end these, or wait until they have ended, and run it again"
+        )
+
+
+class SlotOverBudget(Exception):
+    """A server keeps more WAL for a slot than the job may take of its disk. The runner decides what that ends.
+
+    Attributes:
+        shard: the shard's name.
+        slot: the slot's name.
+        leg: number of the leg.
+        direction: of the stream.
+        retained_bytes: WAL that is kept for it.
+        max_bytes: what was allowed.
+    """
+
+    def __init__(
+        self, shard: str, slot: str, leg: int, direction: Direction, retained_bytes: int, max_bytes: int
+    ) -> None:
+        super().__init__(shard, slot, leg, direction, retained_bytes, max_bytes)
+        self.shard, self.slot, self.leg, self.direction = shard, slot, leg, direction
+        self.retained_bytes, self.max_bytes = retained_bytes, max_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"shard {self.shard!r} keeps {size(self.retained_bytes)} of WAL for slot {self.slot!r}, and max_slot_wal "
+            f"allows {size(self.max_bytes)}"
         )
 
 

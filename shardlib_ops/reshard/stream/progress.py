@@ -79,6 +79,11 @@ class Lag:
         if not self._samples or lsn > self._samples[-1][1]:
             self._samples.append((self._clock(), lsn))
 
+    @property
+    def last(self) -> int | None:
+        """The last sample; None before the first."""
+        return self._last
+
     def bytes(self, applied: int) -> int | None:
         """WAL between the last sample and `applied`; None before the first sample."""
         return None if self._last is None else max(0, self._last - applied)

@@ -26,6 +26,7 @@ from psycopg import AsyncConnection
 
 from shardlib.errors import InvalidArgument, InvalidTopology
 from shardlib_ops.reshard.link import Link
+from shardlib_ops.reshard.room import no_room
 from shardlib_ops.reshard.rows import TableShape
 from shardlib_ops.reshard.stream.apply import Key, Sink
 from shardlib_ops.reshard.stream.decode import lsn_text
@@ -120,6 +121,16 @@ class Stream:
         """Age of the oldest WAL of the origin that is not applied yet, within half a second; None if not known."""
         return self._lag.seconds(self.applied) if self._running else None
 
+    @property
+    def origin_end(self) -> int | None:
+        """LSN up to which the origin has written its WAL to disk, within half a second; None while not known."""
+        return self._lag.last if self._running else None
+
+    @property
+    def held(self) -> bool:
+        """Whether it stands still since somebody asked it to."""
+        return self._limit != _EVERYTHING
+
     async def run(self) -> None:
         """Let changes flow until cancelled. After an error it may be called again, and goes on where it was.
 
@@ -127,6 +138,7 @@ class Stream:
             ShardUnavailable, psycopg.OperationalError: a server went away; see `connect.is_lost`.
             psycopg.Error: SQLSTATE SL001: a later runner holds the job; see `connect.is_superseded`.
             SlotLost: the copy has to start anew.
+            Lost: the sink's disk is full.
             SchemaChanged, Diverged, CannotFollow: running it again does not help.
             InvalidTopology: no start was written down at the sink.
         """
@@ -250,7 +262,8 @@ class Stream:
             last = batch[-1].end
             if changes or sink.begun:
                 lsn = batch[-1].commit + 1 if last is None else last
-                fresh += await sink.write(changes, keys, lsn=lsn, last=last is not None)
+                with no_room(self._link.sink.name):
+                    fresh += await sink.write(changes, keys, lsn=lsn, last=last is not None)
                 self.changes_applied += len(changes)
                 self.transactions_applied += sum(1 for part in batch if part.end is not None and part.changes)
             if last is None:

@@ -1,0 +1,168 @@
+"""Rates, trends, the record and the text of a job's progress, without servers. What is unknown stays unknown."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardlib.catalog import Conflict, open_catalog
+from shardlib.errors import InvalidArgument, InvalidTopology
+from shardlib_ops.reshard.progress import JobProgress, StreamProgress, TableProgress, Waiting, metrics_text
+from shardlib_ops.reshard.progress.model import decode_progress, encode_progress
+from shardlib_ops.reshard.progress.rate import Rate, Trend
+from shardlib_ops.reshard.store import JobStore
+from shardlib_ops.reshard.units import duration, parse_size, size
+
+MIB = 1 << 20
+
+
+def test_a_rate_is_unknown_until_some_time_is_known_of() -> None:
+    rate = Rate(window_s=10)
+    assert rate.per_s is None
+    rate.sample(0.0, 100)
+    assert rate.per_s is None
+    rate.sample(0.2, 200)
+    assert rate.per_s is None
+    rate.sample(2.0, 500)
+    assert rate.per_s == pytest.approx(200)
+
+
+def test_a_rate_is_of_late_and_begins_anew_when_the_count_falls() -> None:
+    rate = Rate(window_s=10)
+    for second in range(60):
+        rate.sample(float(second), 1_000 * min(second, 30))
+    assert rate.per_s == pytest.approx(0)
+    rate.sample(60.0, 5)
+    assert rate.per_s is None
+    rate.sample(61.0, 15)
+    assert rate.per_s == pytest.approx(10)
+
+
+def fed(trend: Trend, seconds: int, written: float, applied: float, *, behind: int = 0) -> Trend:
+    for second in range(seconds + 1):
+        trend.sample(float(second), behind + int(written * second), int(applied * second))
+    return trend
+
+
+def test_a_stream_that_is_outrun_for_the_whole_window_falls_behind() -> None:
+    trend = fed(Trend(window_s=30), 30, 10 * MIB, 4 * MIB)
+    assert trend.falls_behind
+    assert trend.eta_s is None
+    assert (trend.written_per_s, trend.applied_per_s) == (pytest.approx(10 * MIB), pytest.approx(4 * MIB))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "written", "applied", "behind"),
+    [
+        pytest.param(15, 10 * MIB, 4 * MIB, 0, id="not yet for long enough"),
+        pytest.param(30, 4 * MIB, 10 * MIB, 400 * MIB, id="it catches up"),
+        pytest.param(30, 10 * MIB, 10 * MIB, 50 * MIB, id="it keeps its distance"),
+        pytest.param(30, 1_000, 10, 0, id="a trifle"),
+    ],
+)
+def test_what_is_not_falling_behind(seconds: int, written: float, applied: float, behind: int) -> None:
+    assert not fed(Trend(window_s=30), seconds, written, applied, behind=behind).falls_behind
+
+
+def test_one_burst_is_no_trend() -> None:
+    trend = Trend(window_s=30)
+    for second in range(31):
+        trend.sample(float(second), 0 if second < 15 else 500 * MIB, 0)
+    assert not trend.falls_behind
+    trend.reset()
+    assert not trend.falls_behind
+    assert trend.written_per_s is None
+
+
+def test_the_time_to_catch_up_is_told_while_it_does() -> None:
+    trend = fed(Trend(window_s=30), 30, 4 * MIB, 10 * MIB, behind=360 * MIB)
+    assert trend.eta_s == pytest.approx(30)  # 180 MiB are left, 6 MiB a second are won
+    assert fed(Trend(), 10, MIB, MIB).eta_s == 0
+
+
+def test_sizes_and_times_as_people_write_them() -> None:
+    assert [size(n) for n in (0, 1_023, 1_536, 5 << 30, 3 << 50)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "5.0 GiB",
+        "3072.0 TiB",
+    ]
+    assert [parse_size("x", text) for text in ("16GiB", "16GB", "16g", "1.5 MiB", "42", "42 B")] == [
+        16 << 30, 16 << 30, 16 << 30, 3 << 19, 42, 42,
+    ]  # fmt: skip
+    assert [duration(s) for s in (0.42, 52, 59.7, 200, 18_130)] == [
+        "0.4 s",
+        "52 s",
+        "1 min 00 s",
+        "3 min 20 s",
+        "5 h 02 min",
+    ]
+    for text in ("", "0", "much", "-1", "16 XB", "1e9"):
+        with pytest.raises(InvalidArgument, match="a size such as"):
+            parse_size("max-slot-wal", text)
+
+
+def some(job: int = 7) -> JobProgress:
+    return JobProgress(
+        job=job,
+        at="2026-11-24T02:00:00.000+00:00",
+        status="cutover",
+        fraction=0.9,
+        keys=12,
+        tables=(
+            TableProgress(leg=1, table='we"ird', rows=10, rows_total=10, bytes=None, done=True, eta_s=0.0),
+            TableProgress(leg=1, table="new"),
+        ),
+        streams=(StreamProgress(leg=1, direction="forward", lag_bytes=0, falls_behind=True),),
+        waiting=(Waiting(kind="prepared", shard="a", text="…", gid="g"),),
+        warnings=("w",),
+    )
+
+
+def test_progress_is_read_as_it_was_written() -> None:
+    assert decode_progress(encode_progress(some())) == some()
+    with pytest.raises(InvalidTopology, match="progress cannot be read"):
+        decode_progress(b'{"job": "x"}')
+
+
+def test_the_metrics_leave_out_what_is_unknown() -> None:
+    lines = metrics_text([some()]).splitlines()
+    assert "shard_manager_reshard_jobs_active 1" in lines
+    assert 'shard_manager_reshard_progress{job="7"} 0.9' in lines
+    assert 'shard_reshard_table_rows{job="7",leg="1",table="we\\"ird"} 10' in lines
+    assert 'shard_reshard_lag_bytes{job="7",leg="1",direction="forward"} 0' in lines
+    assert 'shard_reshard_falls_behind{job="7",leg="1",direction="forward"} 1' in lines
+    assert 'shard_reshard_waiting{job="7",kind="prepared"} 1' in lines
+    for unknown in (
+        'rows_expected{job="7",leg="1",table="new"}',
+        "lag_seconds{",
+        'table_bytes{job="7",leg="1",table="we',
+    ):
+        assert not any(unknown in line for line in lines), unknown
+    assert "None" not in "".join(lines)
+    assert metrics_text([]).startswith("# HELP shard_manager_reshard_jobs_active")
+
+
+def test_progress_is_stored_beside_the_record_while_the_lease_is_held() -> None:
+    catalog = open_catalog("memory://progress-store")
+    store = JobStore(catalog)
+    assert store.progress(7) is None
+    lease = catalog.acquire("job-7", ttl_s=30, holder="test", wait_s=1)
+    assert lease is not None
+    for number in range(3):
+        store.save_progress(JobProgress(job=7, at=str(number), status="precopy"), lease)
+    other = JobStore(catalog)
+    found = other.progress(7)
+    assert found is not None
+    assert found.at == "2"
+    other.save_progress(JobProgress(job=7, at="later", status="precopy"), lease)
+    with pytest.raises(Conflict):
+        store.save_progress(JobProgress(job=7, at="stale", status="precopy"), lease)
+    store.save_progress(JobProgress(job=7, at="read again", status="precopy"), lease)
+    lease.release()
+    with pytest.raises(Conflict):
+        store.save_progress(JobProgress(job=7, at="too late", status="precopy"), lease)
+    found = store.progress(7)
+    assert found is not None
+    assert found.at == "read again"
+    catalog.close()
