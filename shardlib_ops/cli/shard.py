@@ -83,6 +83,72 @@ def delete(
         render.console().print(f"shard {found.name} ({found.id}) is no longer in the cluster", markup=False)
 
 
+@app.command()
+def promote(
+    shard: given.ShardName,
+    catalog: given.CatalogUrl,
+    replica: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="The replica; left out: the one that is the least behind."),
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Seconds that the shard may be closed.")] = 5.0,
+    max_lag_bytes: Annotated[int, typer.Option(help="WAL that the replica may be behind at first.")] = 16 * 2**20,
+    rejoin_command: Annotated[
+        str | None,
+        typer.Option(metavar="COMMAND", help="Run by the shell to make the old primary a replica; see the docs."),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only tell what stands in the way.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Bring one to its end whose manager is gone.")] = False,
+    yes: given.Yes = False,
+    as_json: given.AsJson = False,
+) -> None:
+    """Let a replica become the primary, while applications go on. The old primary is fenced, and becomes a replica."""
+    from shardlib_ops.cli.promoting import promote as run
+
+    run(
+        given.shard(shard),
+        given.lasting(catalog),
+        replica=replica,
+        budget_s=budget,
+        max_lag_bytes=max_lag_bytes,
+        rejoin_command=rejoin_command,
+        check=check,
+        resume=resume,
+        yes=yes,
+        as_json=as_json,
+    )
+
+
+@app.command("add-replica")
+def add_replica(
+    shard: given.ShardName,
+    endpoint: Annotated[str, typer.Argument(metavar="DSN", help="The replica.")],
+    catalog: given.CatalogUrl,
+    as_json: given.AsJson = False,
+) -> None:
+    """Tell the cluster of a replica, after it is seen to follow the shard's primary."""
+    from shardlib_ops.manager.manager import Manager
+
+    with Manager.sync(given.lasting(catalog)) as manager:
+        found = manager.add_replica(given.shard(shard), endpoint)
+        _show_one(manager.topology(), found.id, as_json=as_json)
+
+
+@app.command("remove-replica")
+def remove_replica(
+    shard: given.ShardName,
+    endpoint: Annotated[str, typer.Argument(metavar="HOST:PORT", help="The replica, or its DSN.")],
+    catalog: given.CatalogUrl,
+    as_json: given.AsJson = False,
+) -> None:
+    """Take a replica off the cluster's list. The server is left as it is."""
+    from shardlib_ops.manager.manager import Manager
+
+    with Manager.sync(given.lasting(catalog)) as manager:
+        found = manager.remove_replica(given.shard(shard), endpoint)
+        _show_one(manager.topology(), found.id, as_json=as_json)
+
+
 def _content(topology: Topology, shard: Shard) -> dict[str, Any]:
     from shardlib.ring.ranges import TOKEN_COUNT
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from shardlib.errors import InvalidArgument, ShardUnavailable, UnsupportedOperation
 from shardlib_ops.local import places, plan, registry, watchdog
@@ -25,6 +25,9 @@ from shardlib_ops.local.plan import Options, Plan
 from shardlib_ops.local.ports import PortKeeper
 from shardlib_ops.local.postgres import LocalServer, ServerSpec
 from shardlib_ops.local.process import account, wait_until
+
+if TYPE_CHECKING:
+    from shardlib_ops.manager.promote import Demoted
 
 __all__ = ["LocalCluster"]
 
@@ -226,6 +229,29 @@ class LocalCluster:
             self._remember(replace(current, spares=(*current.spares, spec)))
             server.start()
             return server
+
+    async def rejoin(self, demoted: Demoted) -> None:
+        """Make an old primary a replica of the new one: for `Manager.promote_replica(..., rejoin=cluster.rejoin)`.
+
+        Raises:
+            InvalidArgument: they are no servers of this cluster.
+            ShardUnavailable: it did not start.
+        """
+        servers = {server.port: server for server in self._servers}
+        try:
+            old, new = servers[int(demoted.old.port)], servers[int(demoted.new.port)]
+        except KeyError:
+            raise InvalidArgument("demoted", demoted, "servers of this cluster") from None
+        await asyncio.to_thread(self._follow, old, new)
+
+    def _follow(self, old: LocalServer, new: LocalServer) -> None:
+        old.follow(new)
+        with self._lock:
+            current = self._started()
+            specs = tuple(
+                replace(spec, upstream=new.port) if spec.name == old.name else spec for spec in current.servers
+            )
+            self._remember(replace(current, servers=specs))
 
     def __enter__(self) -> Self:
         return self.start()

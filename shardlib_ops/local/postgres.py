@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -188,6 +188,36 @@ class LocalServer(Server):
             (self.data / "standby.signal").touch()
             self._give(self.data / "standby.signal")
             (self._home / "made").touch()
+
+    def follow(self, primary: LocalServer) -> None:
+        """Become a replica of another server of the shard, by a new base backup: rows that only this one has are gone.
+
+        Args:
+            primary: a running primary.
+        """
+        with self._lock:
+            upstream = primary.port
+            if self._spec.upstream == upstream and self.role == "replica" and (self._home / "made").exists():
+                self.start()  # it was made by a call whose caller has died
+                return
+            self.stop()
+            self._spec = replace(self._spec, upstream=upstream)
+            (self._home / "made").unlink(missing_ok=True)
+            with primary.connect_locally() as connection:
+                connection.execute(
+                    "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots"
+                    " WHERE slot_name = %s AND NOT active",
+                    (self.slot,),
+                )
+            self.create_from(primary)
+            self._forget_settings("primary_conninfo", "primary_slot_name", "default_transaction_read_only")
+            self.start()
+
+    def _forget_settings(self, *names: str) -> None:
+        """Take settings of the server that this one is a copy of out of what `ALTER SYSTEM` has written."""
+        path = self.data / "postgresql.auto.conf"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if line.partition("=")[0].strip() not in names))
 
     @property
     def slot(self) -> str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from shardlib.catalog import Catalog, open_catalog
 from shardlib.dsn import Dsn
 from shardlib.errors import InvalidTopology
 from shardlib.topology import Shard, Topology
+from shardlib_ops.manager.promote.record import Promotion, PromotionStore
 from shardlib_ops.reshard.check import Fault
 from shardlib_ops.reshard.job import Job
 from shardlib_ops.reshard.store import JobStore
 
-__all__ = ["CONNECT_S", "Base", "refuse_busy", "refuse_faults", "same_server"]
+__all__ = ["CONNECT_S", "Base", "refuse_busy", "refuse_faults", "refuse_promoting", "same_server"]
 
 CONNECT_S: Final = 10
 """Limit for a connection to a shard, in seconds."""
@@ -31,6 +32,7 @@ class Base:
     def __init__(self, url: str, *, timeout_s: float = 5.0) -> None:
         self._catalog: Catalog = open_catalog(url, timeout_s=timeout_s)
         self._jobs = JobStore(self._catalog)
+        self._promotions = PromotionStore(self._catalog)
 
     async def close(self) -> None:
         """Close the catalog; idempotent."""
@@ -62,6 +64,16 @@ def refuse_busy(jobs: Sequence[Job], shards: Sequence[Shard], topology: Topology
     for shard in () if moving else shards:
         if shard.id in topology.ring.shard_ids:
             raise InvalidTopology(f"shard {shard.name!r} owns ranges", "drain it first")
+
+
+def refuse_promoting(promotions: Mapping[str, Promotion], shards: Sequence[Shard]) -> None:
+    """The primary of none of these is about to change."""
+    for shard in shards:
+        if shard.id in promotions:
+            raise InvalidTopology(
+                f"a promotion of shard {shard.name!r} is under way",
+                f"wait for it; if its manager is gone, `shard promote {shard.name} --resume`",
+            )
 
 
 def refuse_faults(faults: Sequence[Fault]) -> None:

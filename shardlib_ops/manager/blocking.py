@@ -12,6 +12,9 @@ from shardlib_ops.reshard.job import Job
 
 if TYPE_CHECKING:
     from shardlib_ops.manager.manager import Manager, Target
+    from shardlib_ops.manager.promote import Promotion, Rejoin
+    from shardlib_ops.manager.promotions import Told
+    from shardlib_ops.reshard.check import Fault
     from shardlib_ops.reshard.plan import Plan
 
 __all__ = ["BlockingManager"]
@@ -70,6 +73,50 @@ class BlockingManager:
     def delete_shard(self, shard: str) -> None:
         """As `Manager.delete_shard`."""
         self._run(self._manager.delete_shard(shard))
+
+    def promote_replica(
+        self,
+        shard: str,
+        replica_endpoint: str | None = None,
+        *,
+        budget_s: float = 5.0,
+        max_lag_bytes: int = 16 * 2**20,
+        rejoin: Rejoin | None = None,
+        on_step: Told | None = None,
+    ) -> Shard:
+        """As `Manager.promote_replica`; `rejoin` and `on_step` are coroutine functions here too."""
+        return self._run(
+            self._manager.promote_replica(
+                shard,
+                replica_endpoint,
+                budget_s=budget_s,
+                max_lag_bytes=max_lag_bytes,
+                rejoin=rejoin,
+                on_step=on_step,
+            )
+        )
+
+    def check_promotion(
+        self, shard: str, replica_endpoint: str | None = None, *, max_lag_bytes: int = 16 * 2**20
+    ) -> list[Fault]:
+        """As `Manager.check_promotion`."""
+        return self._run(self._manager.check_promotion(shard, replica_endpoint, max_lag_bytes=max_lag_bytes))
+
+    def resume_promotion(self, shard: str, *, rejoin: Rejoin | None = None, on_step: Told | None = None) -> Promotion:
+        """As `Manager.resume_promotion`."""
+        return self._run(self._manager.resume_promotion(shard, rejoin=rejoin, on_step=on_step))
+
+    def get_promotion(self, shard: str) -> Promotion | None:
+        """As `Manager.get_promotion`."""
+        return self._run(self._manager.get_promotion(shard))
+
+    def add_replica(self, shard: str, endpoint: str) -> Shard:
+        """As `Manager.add_replica`."""
+        return self._run(self._manager.add_replica(shard, endpoint))
+
+    def remove_replica(self, shard: str, endpoint: str) -> Shard:
+        """As `Manager.remove_replica`."""
+        return self._run(self._manager.remove_replica(shard, endpoint))
 
     def split(
         self, source: str, *, targets: Sequence[Target], keep: int | None = None, retention_s: float | None = None

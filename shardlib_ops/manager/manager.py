@@ -7,13 +7,14 @@ from typing import Self
 
 from shardlib_ops.manager.blocking import BlockingManager
 from shardlib_ops.manager.planning import Planning
+from shardlib_ops.manager.promotions import Promotions
 from shardlib_ops.manager.steering import Steering
 from shardlib_ops.manager.targets import Target
 
 __all__ = ["Manager", "Target"]
 
 
-class Manager(Planning, Steering):
+class Manager(Planning, Steering, Promotions):
     """The control plane of one cluster; several may work at once, since every change is a compare-and-swap.
 
     Shards are named by name or id everywhere.

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Literal, overload
 
-from shardlib.errors import InvalidArgument
+from shardlib.errors import InvalidArgument, InvalidTopology
 from shardlib.key.encode import encode_key
 from shardlib.token import hash_of
-from shardlib_ops.manager.base import refuse_busy, refuse_faults
+from shardlib_ops.manager.base import refuse_busy, refuse_faults, refuse_promoting
 from shardlib_ops.manager.shards import Shards
 from shardlib_ops.manager.targets import Parties, Target, with_targets
 from shardlib_ops.reshard.check import check_job
-from shardlib_ops.reshard.job import Job
+from shardlib_ops.reshard.job import Job, Wish
 from shardlib_ops.reshard.plan import (
     Plan,
     plan_drain,
@@ -170,8 +170,9 @@ class Planning(Shards):
         parties = with_targets(topology, targets)
         planned = plan(parties)
         jobs = await asyncio.to_thread(self._jobs.all)
-        refuse_busy(jobs, [parties.topology.shard(s) for leg in planned.job_legs for s in (leg.source, leg.target)],
-                     topology, moving=True)  # fmt: skip
+        shards = [parties.topology.shard(s) for leg in planned.job_legs for s in (leg.source, leg.target)]
+        refuse_busy(jobs, shards, topology, moving=True)
+        refuse_promoting(await asyncio.to_thread(self._promotions.open), shards)
         if dry_run:
             return planned
         for target, shard in zip(targets, parties.targets, strict=True):
@@ -194,4 +195,11 @@ class Planning(Shards):
             retention_s=retention_s,
         ).checked()
         refuse_faults(await check_job(await self.topology(), job))
-        return await asyncio.to_thread(self._jobs.create, job)
+        job = await asyncio.to_thread(self._jobs.create, job)
+        try:
+            # Whoever promotes looks for jobs after the promotion is stored: one of the two sees the other.
+            refuse_promoting(await asyncio.to_thread(self._promotions.open), shards)
+        except InvalidTopology:
+            await asyncio.to_thread(self._jobs.ask, job.id, Wish.CANCEL)
+            raise
+        return job

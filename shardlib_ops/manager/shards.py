@@ -13,7 +13,7 @@ from shardlib.errors import InvalidArgument
 from shardlib.fence.gate import install, open_gate
 from shardlib.topology import Shard, Topology
 from shardlib.topology.change import with_shard, without_shard
-from shardlib_ops.manager.base import CONNECT_S, Base, refuse_busy, same_server
+from shardlib_ops.manager.base import CONNECT_S, Base, refuse_busy, refuse_promoting, same_server
 from shardlib_ops.manager.bootstrap import NewShard, reached
 
 __all__ = ["Shards", "planned_shard"]
@@ -81,6 +81,7 @@ class Shards(Base):
         def change(topology: Topology) -> Topology:
             shard = topology.shard(name)
             refuse_busy(self._jobs.all(), [shard], topology)
+            refuse_promoting(self._promotions.open(), [shard])
             return without_shard(topology, shard.id, nonce=uuid4().hex)
 
         publish_change(self._catalog, change)
