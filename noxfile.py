@@ -102,6 +102,16 @@ def sim(session: nox.Session) -> None:
 
 
 @nox.session
+def schedules(session: nox.Session) -> None:
+    """Random fault schedules of resharding on real servers. SHARDLIB_SCHEDULES: how many (50, some 15 s each).
+
+    One of them again: `nox -s schedules -- --first 17 --count 1`. Whether faults put in on purpose are found:
+    `nox -s schedules -- --plant "no drain"`.
+    """
+    python(session, "-m", "tests.support.schedules", *session.posargs)
+
+
+@nox.session
 def examples(session: nox.Session) -> None:
     """Run each example as a user would; each starts its own cluster and checks its own results."""
     failed = []

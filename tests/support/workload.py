@@ -63,7 +63,8 @@ class Recorder:
     def __init__(self, out: TextIO) -> None:
         self._out, self._lock = out, threading.Lock()
 
-    def add(self, event: Write | Read) -> None:
+    def add(self, event: Any) -> None:
+        """Write down an event, which is a dataclass."""
         line = json.dumps({"kind": type(event).__name__, **asdict(event)})
         with self._lock:
             self._out.write(line + "\n")
@@ -107,6 +108,10 @@ class Client:
         return found
 
 
+TWO_PHASE = "two-phase"
+"""In the place of a pinned key: a transaction that may write on several shards."""
+
+
 class MissingRowError(AssertionError):
     """A row that every key has was not there: the statement ran where the key does not live."""
 
@@ -137,57 +142,62 @@ class Worker:
 
     def steps(self) -> Any:
         """Generator of (pinned key or None, session -> answer): a facade runs each and sends the result back."""
-        while time.monotonic() < self.until:
-            what, key, pinned, pause_s = self.plan()
-            pin = key if pinned else None
-            if what == "write":
-                uid, value = uuid4().hex, self.client.next_value(key)
-                began = time.monotonic()
+        while self.going():
+            yield from self.one()
 
-                def write(
-                    s: Any, key: str = key, uid: str = uid, value: int | None = value, p: float = pause_s
-                ) -> None:
-                    self.client.write(s, key, uid, value, p)
+    def going(self) -> bool:
+        """Whether there is time for one more."""
+        return time.monotonic() < self.until
 
-                error = (yield pin, write, True)[1]
+    def one(self) -> Any:
+        """One operation, as a part of `steps`."""
+        what, key, pinned, pause_s = self.plan()
+        pin = key if pinned else None
+        if what == "write":
+            uid, value = uuid4().hex, self.client.next_value(key)
+            began = time.monotonic()
+
+            def write(s: Any, key: str = key, uid: str = uid, value: int | None = value, p: float = pause_s) -> None:
+                self.client.write(s, key, uid, value, p)
+
+            error = (yield pin, write, True)[1]
+            ended = time.monotonic()
+            outcome = "ok" if error is None else outcome_of(error)
+            if isinstance(error, MissingRowError):
+                self.recorder.add(Read(key, None, began, ended, "update"))
+            self.recorder.add(Write(key, uid, value, began, ended, outcome, _short(error)))  # type: ignore[arg-type]
+        elif what == "read":
+            began = time.monotonic()
+            value, error = yield pin, lambda s, key=key: self.client.read(s, key), False
+            if error is None:
+                self.recorder.add(Read(key, value, began, time.monotonic(), "pinned" if pinned else "inferred"))
+        else:
+            began = time.monotonic()
+            found, error = yield None, self.client.scan, False
+            if error is None:
                 ended = time.monotonic()
-                outcome = "ok" if error is None else outcome_of(error)
-                if isinstance(error, MissingRowError):
-                    self.recorder.add(Read(key, None, began, ended, "update"))
-                self.recorder.add(Write(key, uid, value, began, ended, outcome, _short(error)))  # type: ignore[arg-type]
-            elif what == "read":
-                began = time.monotonic()
-                value, error = yield pin, lambda s, key=key: self.client.read(s, key), False
-                if error is None:
-                    self.recorder.add(Read(key, value, began, time.monotonic(), "pinned" if pinned else "inferred"))
-            else:
-                began = time.monotonic()
-                found, error = yield None, self.client.scan, False
-                if error is None:
-                    ended = time.monotonic()
-                    for key in self.client.settings.keys:
-                        values = found.get(key, [])
-                        self.recorder.add(Read(key, values[0] if len(values) == 1 else None, began, ended, "scan"))
+                for key in self.client.settings.keys:
+                    values = found.get(key, [])
+                    self.recorder.add(Read(key, values[0] if len(values) == 1 else None, began, ended, "scan"))
 
 
 def _short(error: BaseException | None) -> str:
     return "" if error is None else f"{type(error).__name__}: {error}"[:300]
 
 
-def run_sync(settings: Settings, recorder: Recorder) -> None:
+def run_sync(settings: Settings, recorder: Recorder, work: type[Worker] = Worker) -> None:
     client = Client(settings)
     failures: list[BaseException] = []
     with ShardedEngine(settings.url, pool_size=3, reroute_timeout_s=10, pgbouncer=settings.pgbouncer) as engine:
 
         def body(number: int) -> None:
             own = settings.own[number :: settings.threads]
-            worker = Worker(client, recorder, f"{settings.seed}:{number}", own or settings.own[:1])
+            worker = work(client, recorder, f"{settings.seed}:{number}", own or settings.own[:1])
             steps = worker.steps()
             answer: Any = None
             try:
                 while True:
-                    pin, work, commits = steps.send(answer)
-                    answer = _one_sync(engine, settings, pin, work, commits)
+                    answer = _one_sync(engine, settings, *steps.send(answer))
             except StopIteration:
                 pass
             except BaseException as error:
@@ -203,13 +213,19 @@ def run_sync(settings: Settings, recorder: Recorder) -> None:
         raise failures[0]
 
 
+def _session(engine: Any, pin: str | None) -> Any:
+    if pin is None:
+        return engine.session()
+    return engine.session(twophase=True) if pin is TWO_PHASE else engine.session(pin)
+
+
 def _one_sync(
     engine: ShardedEngine, settings: Settings, pin: str | None, work: Callable[[Any], Any], commits: bool
 ) -> Any:
     try:
-        with engine.session(*(() if pin is None else (pin,))) as session:
-            if settings.isolation:
-                session.connection(execution_options={"isolation_level": settings.isolation}) if pin else None
+        with _session(engine, pin) as session:
+            if settings.isolation and pin not in (None, TWO_PHASE):
+                session.connection(execution_options={"isolation_level": settings.isolation})
             answer = work(session)
             if commits:
                 session.commit()
@@ -218,7 +234,7 @@ def _one_sync(
         return None, error
 
 
-async def run_async(settings: Settings, recorder: Recorder) -> None:
+async def run_async(settings: Settings, recorder: Recorder, work: type[Worker] = Worker) -> None:
     client = Client(settings)
     async with AsyncShardedEngine(
         settings.url, pool_size=3, reroute_timeout_s=10, pgbouncer=settings.pgbouncer
@@ -226,19 +242,18 @@ async def run_async(settings: Settings, recorder: Recorder) -> None:
 
         async def body(number: int) -> None:
             own = settings.own[number :: settings.threads]
-            worker = Worker(client, recorder, f"{settings.seed}:{number}", own or settings.own[:1])
+            worker = work(client, recorder, f"{settings.seed}:{number}", own or settings.own[:1])
             steps = worker.steps()
             answer: Any = None
             try:
                 while True:
-                    pin, work, commits = steps.send(answer)
-                    answer = await one(pin, work, commits)
+                    answer = await one(*steps.send(answer))
             except StopIteration:
                 pass
 
         async def one(pin: str | None, work: Callable[[Any], Any], commits: bool) -> Any:
             try:
-                async with engine.session(*(() if pin is None else (pin,))) as session:
+                async with _session(engine, pin) as session:
                     answer = await session.run_sync(work)
                     if commits:
                         await session.commit()
