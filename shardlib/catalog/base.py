@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import Final, NamedTuple, Protocol, Self
 
 from shardlib.topology import Topology
 
-__all__ = ["Catalog", "Conflict", "Document", "Lease", "Watch"]
+__all__ = ["POLL_S", "Catalog", "Conflict", "Document", "Lease", "Watch"]
+
+POLL_S: Final = 30.0
+"""Seconds between two reads of the catalog beside its watch, unless somebody says otherwise."""
 
 
 class Conflict(Exception):  # noqa: N818 - it is an answer, not a fault: somebody else published first

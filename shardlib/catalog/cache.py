@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from shardlib.catalog.base import Catalog, Watch
+from shardlib.catalog.base import POLL_S, Catalog, Watch
 from shardlib.catalog.disk import read_file, write_file
 from shardlib.catalog.store import Deadline
-from shardlib.errors import CatalogUnavailable, InvalidArgument, InvalidTopology, ShardlibError
+from shardlib.checks import check, seconds
+from shardlib.errors import CatalogUnavailable, InvalidTopology, ShardlibError
 from shardlib.topology import Topology
 
 __all__ = ["TopologyCache"]
@@ -22,6 +23,7 @@ _log = logging.getLogger("shardlib.catalog")
 _CLOSE_S: Final = 1.0
 _PAUSE_FIRST_S: Final = 0.05
 _PAUSE_MAX_S: Final = 1.0
+_RULES: Final = {"poll_s": seconds()}
 
 
 class TopologyCache:
@@ -41,9 +43,8 @@ class TopologyCache:
     current: Topology
     """Set by `start`."""
 
-    def __init__(self, catalog: Catalog, *, file: Path | None = None, poll_s: float = 30.0) -> None:
-        if not poll_s > 0:
-            raise InvalidArgument("poll_s", poll_s, "seconds, above 0")
+    def __init__(self, catalog: Catalog, *, file: Path | None = None, poll_s: float = POLL_S) -> None:
+        check(_RULES, {"poll_s": poll_s})
         self._catalog, self._file, self._poll_s = catalog, file, poll_s
         self._listeners: list[Callable[[Topology], None]] = []
         self._started = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 from urllib.parse import parse_qs, parse_qsl, unquote, urlencode, urlsplit
 
-from shardlib.catalog.base import Catalog
+from shardlib.catalog.base import POLL_S, Catalog
 from shardlib.catalog.memory import MemoryStore
 from shardlib.catalog.store import Store
 from shardlib.catalog.stored import StoredCatalog
@@ -21,7 +21,7 @@ _FORMS: Final = (
 _FILES: Final = ("ca", "cert", "key", "server_name")
 
 
-def open_catalog(url: str, *, timeout_s: float = 3.0, poll_s: float = 10.0) -> Catalog:
+def open_catalog(url: str, *, timeout_s: float = 3.0, poll_s: float = POLL_S) -> Catalog:
     """The catalog at a URL. Nothing is connected yet.
 
     ::

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from shardlib.catalog.base import Conflict, Document, Lease, Watch
+from shardlib.catalog.base import POLL_S, Conflict, Document, Lease, Watch
 from shardlib.catalog.decoded import Decoded, find, share
 from shardlib.catalog.lease import KeptLease
 from shardlib.catalog.store import Deadline, Grant, Record, Store
 from shardlib.catalog.watching import Watching
+from shardlib.checks import check, seconds
 from shardlib.errors import CatalogUnavailable, InvalidArgument, InvalidTopology
 from shardlib.topology import Topology
 from shardlib.topology.codec import ChunkKey, Encoded, Head, decode, encode, unpack
@@ -35,6 +36,7 @@ _PAUSE_MAX_S: Final = 0.25
 _DOCUMENT_NAME: Final = re.compile(r"[A-Za-z0-9_/-]{1,200}")
 _DOCUMENT_BYTES_MAX: Final = 1_000_000
 _NONCE_BYTES: Final = 16
+_RULES: Final = {"timeout_s": seconds(), "poll_s": seconds()}
 _SWAP_PART: Final = 0.6
 """The part of a publish's time that the swap may take; the rest is kept for reading what became of it."""
 
@@ -47,11 +49,8 @@ class StoredCatalog:
     publish; what a publisher left behind when it died is swept every few versions.
     """
 
-    def __init__(self, store: Store, *, timeout_s: float = 3.0, poll_s: float = 10.0) -> None:
-        if not timeout_s > 0:
-            raise InvalidArgument("timeout_s", timeout_s, "seconds, above 0")
-        if not poll_s > 0:
-            raise InvalidArgument("poll_s", poll_s, "seconds, above 0")
+    def __init__(self, store: Store, *, timeout_s: float = 3.0, poll_s: float = POLL_S) -> None:
+        check(_RULES, {"timeout_s": timeout_s, "poll_s": poll_s})
         self.safe_url = store.safe_url
         self._store, self._timeout_s, self._poll_s = store, timeout_s, poll_s
         self._reset()

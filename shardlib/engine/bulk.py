@@ -16,11 +16,13 @@ from inspect import isawaitable
 from operator import itemgetter
 from typing import Any, Final
 
+from shardlib.checks import check
 from shardlib.engine.bulk_commit import Commits
 from shardlib.engine.bulk_copy import CopyLeg
 from shardlib.engine.bulk_rows import RowShape, Target, portions
 from shardlib.engine.bulk_split import Splitter
 from shardlib.engine.bulk_text import TableText, block_of
+from shardlib.engine.options import CALLS
 from shardlib.errors import InvalidArgument, ShardKeyRequired, StaleTopology, UnsupportedOperation
 from shardlib.fence.verdict import GateClosed
 from shardlib.session.core import Core, Needed
@@ -78,10 +80,8 @@ def bulk_load(
     stall_timeout_s: float,
 ) -> BulkResult:
     """See `ShardedEngine.bulk_load`. Blocking, or inside SQLAlchemy's greenlet for asyncio."""
-    if batch_rows is not None and (not isinstance(batch_rows, int) or batch_rows < 1):
-        raise InvalidArgument("batch_rows", batch_rows, "at least 1 row, or None to commit at the end")
-    if not stall_timeout_s > 0:
-        raise InvalidArgument("stall_timeout_s", stall_timeout_s, "more than 0 seconds")
+    given = {"columns": columns, "progress": progress, "batch_rows": batch_rows, "stall_timeout_s": stall_timeout_s}
+    check(CALLS, given)
     take = portions(rows, core.waits)
     if core.metrics is None:
         return _Load(core, Target(table), columns, progress, batch_rows, stall_timeout_s).run(take)

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from inspect import iscoroutine
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from sqlalchemy import MetaData, event
 from sqlalchemy.engine.interfaces import ExceptionContext
@@ -46,6 +46,7 @@ from shardlib.session.instances import InstanceKeys
 from shardlib.session.session import ShardedSession
 from shardlib.session.settling import Settled, settle
 from shardlib.shard import PoolOptions, PoolStats, ShardConnection, ShardPools
+from shardlib.shard.options import Echo
 from shardlib.telemetry import TelemetryOptions
 from shardlib.token import token_of
 from shardlib.topology import Shard, Topology
@@ -106,7 +107,7 @@ class ShardedEngine:
         reroute_timeout_s: float = 15.0,
         retry: RetryPolicy | None = None,
         telemetry: TelemetryOptions | None = None,
-        echo: bool | Literal["debug"] = False,
+        echo: Echo = False,
         **options: Any,
     ) -> None:
         self.options = EngineOptions(
@@ -148,7 +149,7 @@ class ShardedEngine:
                 "leave hash_function away: it is chosen once, when a cluster is created",
             )
 
-    def _open(self, pool_options: PoolOptions, echo: bool | Literal["debug"]) -> None:
+    def _open(self, pool_options: PoolOptions, echo: Echo) -> None:
         waits = GreenletWaits() if self._is_async else ThreadWaits()
         pools = ShardPools(
             waits,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from sqlalchemy.exc import DBAPIError
 
+from shardlib.checks import check_fields, seconds, whole
 from shardlib.errors import CatalogUnavailable, CommitOutcomeUnknown, InvalidArgument, RetryableError, ShardUnavailable
 
 __all__ = ["RetryPolicy", "next_wait"]
@@ -27,10 +29,12 @@ class RetryPolicy:
     wait_s_max: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.attempts_max < 1:
-            raise InvalidArgument("attempts_max", self.attempts_max, "at least 1")
-        if not 0 < self.wait_s_first <= self.wait_s_max:
+        check_fields(_RULES, self)
+        if self.wait_s_first > self.wait_s_max:
             raise InvalidArgument("wait_s_first", self.wait_s_first, "more than 0, and at most wait_s_max")
+
+
+_RULES: Final = {"attempts_max": whole(1), "wait_s_first": seconds(), "wait_s_max": seconds()}
 
 
 def may_run_again(error: BaseException) -> bool:

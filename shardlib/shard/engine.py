@@ -12,7 +12,7 @@ from sqlalchemy.engine.base import OptionEngineMixin
 from shardlib.dsn import Dsn
 from shardlib.shard.connection import ShardConnection
 from shardlib.shard.dialect import SharedDialect
-from shardlib.shard.options import Role
+from shardlib.shard.options import Echo, Role
 from shardlib.shard.pool import ShardPool
 
 __all__ = ["ShardEngine"]
@@ -33,7 +33,7 @@ class ShardEngine(Engine):
     shard_id: str
     role: Role
 
-    def __init__(self, pool: ShardPool, dialect: SharedDialect, compiled_cache: Any, url: URL, echo: bool) -> None:
+    def __init__(self, pool: ShardPool, dialect: SharedDialect, compiled_cache: Any, url: URL, echo: Echo) -> None:
         super().__init__(pool, dialect.dialect, url, echo=echo or None, query_cache_size=0)
         self._compiled_cache = compiled_cache
         self.shard_id, self.role = pool.shard, pool.role

@@ -15,7 +15,7 @@ from shardlib.errors import InvalidArgument
 from shardlib.shard.budget import ConnectionBudget
 from shardlib.shard.dialect import SharedDialect
 from shardlib.shard.engine import ShardEngine, url_of
-from shardlib.shard.options import ROLES, PoolOptions, Role
+from shardlib.shard.options import ROLES, Echo, PoolOptions, Role
 from shardlib.shard.pool import PoolContext, PoolStats, ShardPool
 from shardlib.waits import Ticker, Waits, forget_after_fork
 
@@ -50,7 +50,7 @@ class ShardPools:
         endpoint_of: Callable[[str, Role], Dsn],
         connection_class: type[Any],
         name_of: Callable[[str], str] = str,
-        echo: bool = False,
+        echo: Echo = False,
         dialect_options: Mapping[str, Any] | None = None,
     ) -> None:
         if is_async is not waits.is_async:

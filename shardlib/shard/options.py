@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from shardlib.checks import FLAG, PRINTABLE, check_fields, either, seconds, whole
 from shardlib.errors import InvalidArgument
 
-__all__ = ["ROLES", "PoolOptions", "Role"]
+__all__ = ["ROLES", "Echo", "PoolOptions", "Role"]
 
 Role = Literal["primary", "replica"]
+Echo = bool | Literal["debug"]
+"""As SQLAlchemy's `create_engine` takes it."""
 ROLES: Final[tuple[Role, ...]] = ("primary", "replica")
 
 
@@ -62,46 +65,28 @@ class PoolOptions:
     """psycopg prepares a statement on the server once it ran so often on one connection. None: never."""
 
     def __post_init__(self) -> None:
-        self._at_least("pool_size", 0)
-        self._at_least("max_overflow", 0)
+        check_fields(_RULES, self)
         if self.pool_size + self.max_overflow < 1:
             raise InvalidArgument("pool_size", self.pool_size, "pool_size + max_overflow is at least 1")
-        for name in ("max_connections", "connects_max", "breaker_failures", "keepalive_count"):
-            self._at_least(name, 1)
-        self._at_least("connect_timeout_s", 2)
-        for name in ("keepalive_idle_s", "keepalive_interval_s"):
-            self._at_least(name, 1)
-        self._at_least("tcp_user_timeout_ms", 0)
-        for name in (
-            "pool_timeout_s",
-            "idle_s",
-            "max_lifetime_s",
-            "breaker_wait_s_first",
-            "breaker_wait_s_max",
-        ):
-            self._seconds(name, zero=False)
-        self._seconds("idle_in_transaction_timeout_s", zero=True)
-        if self.pre_ping_idle_s is not None:
-            self._seconds("pre_ping_idle_s", zero=True)
         if self.breaker_wait_s_max < self.breaker_wait_s_first:
             raise InvalidArgument("breaker_wait_s_max", self.breaker_wait_s_max, "not below breaker_wait_s_first")
-        if self.prepare_threshold is not None:
-            self._at_least("prepare_threshold", 0)
-        if not isinstance(self.application_name, str) or not self.application_name.isprintable():
-            raise InvalidArgument("application_name", self.application_name, "printable text")
-
-    def _at_least(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InvalidArgument(name, value, f"a whole number, at least {least}")
-
-    def _seconds(self, name: str, *, zero: bool) -> None:
-        value = getattr(self, name)
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 10**8
-        if not fits or (value == 0 and not zero):
-            raise InvalidArgument(name, value, f"seconds, {'0 or more' if zero else 'more than 0'}")
 
     @property
     def per_endpoint_max(self) -> int:
         """Connections to one endpoint, at most."""
         return self.pool_size + self.max_overflow
+
+
+_RULES: Final = {
+    **dict.fromkeys(("pool_size", "max_overflow", "tcp_user_timeout_ms"), whole(0)),
+    **dict.fromkeys(("max_connections", "connects_max", "breaker_failures"), whole(1)),
+    **dict.fromkeys(("keepalive_idle_s", "keepalive_interval_s", "keepalive_count"), whole(1)),
+    "connect_timeout_s": whole(2),
+    **dict.fromkeys(("pool_timeout_s", "idle_s", "max_lifetime_s"), seconds()),
+    **dict.fromkeys(("breaker_wait_s_first", "breaker_wait_s_max"), seconds()),
+    "idle_in_transaction_timeout_s": seconds(zero=True),
+    "pre_ping_idle_s": either(seconds(zero=True), None),
+    "application_name": PRINTABLE,
+    "pgbouncer": FLAG,
+    "prepare_threshold": either(whole(0), None),
+}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
-from shardlib.errors import InvalidArgument
+from shardlib.checks import FLAG, check_fields, either, has_method
 
 __all__ = ["TelemetryOptions"]
 
@@ -31,12 +31,13 @@ class TelemetryOptions:
     """Of OpenTelemetry; None: the one of the process."""
 
     def __post_init__(self) -> None:
-        for name in ("spans", "query_text"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidArgument(name, getattr(self, name), "True or False")
-        if not (self.metrics is None or isinstance(self.metrics, bool)):
-            raise InvalidArgument("metrics", self.metrics, "True, False or None")
-        for name, method in (("tracer_provider", "get_tracer"), ("meter_provider", "get_meter")):
-            given = getattr(self, name)
-            if given is not None and not callable(getattr(given, method, None)):
-                raise InvalidArgument(name, given, f"a provider of OpenTelemetry, which has {method}()")
+        check_fields(_RULES, self)
+
+
+_RULES: Final = {
+    "spans": FLAG,
+    "metrics": either(FLAG, None),
+    "query_text": FLAG,
+    "tracer_provider": either(has_method("get_tracer", "a provider of OpenTelemetry, which has get_tracer()"), None),
+    "meter_provider": either(has_method("get_meter", "a provider of OpenTelemetry, which has get_meter()"), None),
+}
