@@ -2,30 +2,26 @@
 
 Everything here decides under one lock and does no I/O there; connections to close and waiters to wake are
 collected and acted on after the lock is free. A connection, open or being opened, holds one permit of its
-pool and of the process.
+pool and of the process. What is decided is `Allotment`'s.
 
 Ctrl-C can end any function as it begins and after any call in it. So what belongs together is changed without a call
 in between, and a connection that is lost on its way gives its permit back as it is collected (`Entry.counted`).
-
-Between two decisions this always holds, so nobody can overtake: a waiter that could be served has been
-served, and a connection lies idle only if no waiter could use it or its permit.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
-from shardlib.errors import InvalidArgument, ShardlibError, ShardUnavailable
-from shardlib.shard.breaker import Breaker
+from shardlib.shard.accounts import Claim, Entry, Member, Ticket
+from shardlib.shard.allotment import Allotment, Decided
 from shardlib.waits import Waiter, forget_after_fork
 
-__all__ = ["Claim", "ConnectionBudget", "Entry", "Member", "Section", "Ticket"]
+__all__ = ["ConnectionBudget", "Section"]
 
 log = logging.getLogger("shardlib.shard")
 
@@ -33,120 +29,7 @@ _AT_ONCE: Final = (False,)
 """Arguments of `lock.acquire`: without waiting."""
 
 
-class Entry(Protocol):
-    """A pooled connection as the accounts see it."""
-
-    owner: object
-    """The event loop that it belongs to; None where threads share it."""
-    idle_since: float
-    """When it came back last, by the budget's clock; set by the pool before `give_back`."""
-    expires_at: float
-    epoch: int
-    counted: bool
-    """Whether it holds a permit: from `connected` until it is closed; not in a forked child, where the parent's
-    connections mean nothing. One that is collected while it does must `give_back` itself."""
-
-    def close(self) -> None:
-        """Close the connection. Never blocks, from any thread."""
-
-
-class Ticket:
-    """One place in a queue. `entry`, `permit` or `error` is set, under the budget's lock, before it is woken."""
-
-    __slots__ = ("entry", "error", "owner", "permit", "seq", "waiter")
-
-    def __init__(self, waiter: Waiter, owner: object, seq: int) -> None:
-        self.waiter, self.owner, self.seq = waiter, owner, seq
-        self.entry: Entry | None = None
-        self.permit = False
-        self.error: ShardlibError | None = None
-
-    @property
-    def served(self) -> bool:
-        """Whether there is an answer, good or bad."""
-        return self.permit or self.entry is not None or self.error is not None
-
-
-class Claim:
-    """What a checkout holds before it has a connection, so that its caller gives it up if it is interrupted."""
-
-    __slots__ = ("permit", "ticket")
-
-    def __init__(self) -> None:
-        self.permit = False
-        """Whether a connection may be opened, or is being opened."""
-        self.ticket: Ticket | None = None
-        """The place in the queue, until what it was served with is taken over."""
-
-
-class Member:
-    """The account of one pool. Read and written under the budget's lock only."""
-
-    __slots__ = (
-        "__weakref__",
-        "breaker",
-        "connecting",
-        "connects_max",
-        "epoch",
-        "idle",
-        "idle_max",
-        "shard",
-        "size",
-        "size_max",
-        "waiting",
-    )
-
-    def __init__(self, shard: str, *, idle_max: int, size_max: int, connects_max: int, breaker: Breaker) -> None:
-        self.shard, self.breaker = shard, breaker
-        self.idle_max, self.size_max, self.connects_max = idle_max, size_max, connects_max
-        self.size = 0
-        """Permits held: connections idle, in use, and being opened."""
-        self.connecting = 0
-        self.idle: dict[object, list[Entry]] = {}
-        """Idle connections by owner; the last was used last."""
-        self.waiting: OrderedDict[Ticket, None] = OrderedDict()
-        self.epoch = 0
-        """Raised when all connections opened so far must not be used again."""
-
-    @property
-    def idle_count(self) -> int:
-        """Idle connections of all owners."""
-        return sum(map(len, self.idle.values()))
-
-    @property
-    def in_use(self) -> int:
-        """Connections that are checked out."""
-        return self.size - self.idle_count - self.connecting
-
-    def may_connect(self, now: float) -> bool:
-        """Whether one more attempt is allowed; an endpoint that has just failed gets one at a time."""
-        return (
-            self.connecting < (1 if self.breaker.failures else self.connects_max) and self.breaker.blocked_s(now) == 0
-        )
-
-    def push(self, entry: Entry) -> None:
-        """Put an idle connection on top."""
-        self.idle.setdefault(entry.owner, []).append(entry)
-
-    def take_idle(self, wanted: Callable[[Entry], bool]) -> list[Entry]:
-        """Take out the idle connections that are `wanted`; their permits are still held."""
-        taken: list[Entry] = []
-        for owner, stack in list(self.idle.items()):
-            out = [entry for entry in stack if wanted(entry)]
-            if out:
-                taken += out
-                stack[:] = [entry for entry in stack if not wanted(entry)]
-            if not stack and owner is not None:
-                del self.idle[owner]  # an event loop that may be gone
-        return taken
-
-    def oldest(self) -> Entry | None:
-        """The idle connection that was used longest ago."""
-        bottoms = (stack[0] for stack in self.idle.values() if stack)
-        return min(bottoms, key=lambda entry: entry.idle_since, default=None)
-
-
-class Section:
+class Section(Decided):
     """`with Section(budget), budget.lock:`: what to do once the lock is free.
 
     Nothing else takes the lock and waits for it: a connection that comes back meanwhile is left to whoever
@@ -154,12 +37,11 @@ class Section:
     leave it taken for ever.
     """
 
-    __slots__ = ("_budget", "close", "wake")
+    __slots__ = ("_budget",)
 
     def __init__(self, budget: ConnectionBudget) -> None:
+        super().__init__()
         self._budget = budget
-        self.close: list[Entry] = []
-        self.wake: list[Ticket] = []
 
     def __enter__(self) -> Self:
         return self
@@ -170,7 +52,7 @@ class Section:
         self._budget.settle(self)
 
 
-class ConnectionBudget:
+class ConnectionBudget(Allotment):
     """The bound on all connections of one engine in this process, and the queues for them.
 
     Args:
@@ -180,16 +62,9 @@ class ConnectionBudget:
     """
 
     def __init__(self, limit: int, clock: Callable[[], float], owner_gone: Callable[[object], bool]) -> None:
-        if limit < 1:
-            raise InvalidArgument("max_connections", limit, "at least 1")
-        self.limit: Final = limit
+        super().__init__(limit, clock, owner_gone)
         self.lock = threading.Lock()
-        self.open = 0
-        """Permits held by all pools together."""
         self.returned: deque[tuple[Member, Entry, bool]] = deque()
-        self._clock, self._owner_gone = clock, owner_gone
-        self._members: weakref.WeakSet[Member] = weakref.WeakSet()
-        self._queues: dict[Member, OrderedDict[Ticket, None]] = {}
         self._seq = 0
         forget_after_fork(self)
 
@@ -409,124 +284,6 @@ class ConnectionBudget:
             member.epoch += 1
             member.breaker.succeeded()
 
-    # -------------------------------------------------------------------------- decisions, under the lock
-
-    def _permit(self, member: Member, now: float, section: Section, holder: Claim | Ticket) -> bool:
-        """Take a permit for `member` if that is possible, at the cost of an idle connection where it must be."""
-        if not member.may_connect(now):
-            return False
-        if member.size >= member.size_max:
-            giver = member if member.idle_count else None  # idle, but of another event loop
-        elif self.open >= self.limit:
-            giver = self._longest_idle()
-        else:
-            holder.permit = True
-            member.size += 1
-            self.open += 1
-            member.connecting += 1
-            return True
-        victim = giver.oldest() if giver is not None else None
-        if giver is None or victim is None:
-            return False
-        section.close += giver.take_idle(lambda entry: entry is victim)
-        holder.permit = True
-        if victim.counted:
-            victim.counted = False
-            giver.size -= 1
-            self.open -= 1
-        member.size += 1
-        self.open += 1
-        member.connecting += 1
-        return True
-
-    def _longest_idle(self) -> Member | None:
-        found: Member | None = None
-        since = 0.0
-        for member in self._members:
-            if member.idle_count and (entry := member.oldest()) and (found is None or entry.idle_since < since):
-                found, since = member, entry.idle_since
-        return found
-
-    def _serve(self, section: Section) -> None:
-        """Give permits to waiters, the oldest first, as long as there are any."""
-        while self._queues:
-            now = self._clock()
-            for member in sorted(self._queues, key=_head_seq):
-                ticket = self._head(member)
-                if ticket is not None and self._permit(member, now, section, ticket):
-                    section.wake.append(ticket)
-                    self._forget(member, ticket)
-                    break
-            else:
-                return
-
-    def _take_back(self, member: Member, entry: Entry, keep: bool, section: Section) -> None:
-        """Hand a returned connection to the next waiter, or keep it, or close it and free its permit."""
-        keep = keep and entry.epoch == member.epoch and not self._owner_gone(entry.owner)
-        if keep and self._queues:
-            head = self._head(member)
-            older = self._older_elsewhere(member, head)
-            if head is not None and head.owner is entry.owner and not older:
-                head.entry = entry
-                section.wake.append(head)
-                self._forget(member, head)
-                return
-            keep = not older and head is None
-        if keep and member.idle_count < member.idle_max:
-            member.push(entry)
-            return
-        self._close(member, entry, section)
-
-    def _close(self, member: Member, entry: Entry, section: Section) -> None:
-        self._release(member, entry)
-        section.close.append(entry)
-
-    def _older_elsewhere(self, member: Member, head: Ticket | None) -> bool:
-        """Whether a waiter of another pool, older than `head`, waits for nothing but a permit of the process."""
-        if self.open < self.limit:
-            return False  # those have been served
-        now = self._clock()
-        return any(
-            other is not member
-            and (head is None or _head_seq(other) < head.seq)
-            and other.size < other.size_max
-            and other.may_connect(now)
-            for other in self._queues
-        )
-
-    def _head(self, member: Member) -> Ticket | None:
-        """The next waiter; those whose event loop is gone will never ask again."""
-        while member.waiting:
-            ticket = next(iter(member.waiting))
-            if not self._owner_gone(ticket.owner):
-                return ticket
-            self._forget(member, ticket)
-        return None
-
-    def _forget(self, member: Member, ticket: Ticket) -> None:
-        member.waiting.pop(ticket, None)
-        if not member.waiting:
-            self._queues.pop(member, None)
-
-    def _release(self, member: Member, entry: Entry) -> None:
-        if entry.counted:
-            entry.counted = False
-            member.size -= 1
-            self.open -= 1
-
-    def _never_opened(self, member: Member) -> None:
-        member.connecting -= 1
-        member.size -= 1
-        self.open -= 1
-
-    def _blocked(self, member: Member, now: float) -> ShardUnavailable:
-        breaker = member.breaker
-        return ShardUnavailable(
-            member.shard,
-            f"{breaker.reason} ({breaker.failures} attempts failed in a row, "
-            f"the next is made in {breaker.blocked_s(now):.1f} s)",
-        )
-
     # -------------------------------------------------------------------------- actions, without the lock
 
     def settle(self, section: Section) -> None:
@@ -544,7 +301,3 @@ class ConnectionBudget:
                 entry.close()
             except Exception:  # a listener of the pool's close event: the connection is out of the pool all the same
                 log.exception("closing a connection")
-
-
-def _head_seq(member: Member) -> int:
-    return next(iter(member.waiting)).seq

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import random
-import select
-import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from math import inf
 from time import monotonic
 from typing import Any, Final, cast
@@ -16,17 +11,18 @@ from typing import Any, Final, cast
 import psycopg
 from psycopg.pq import ConnStatus, TransactionStatus
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
-from sqlalchemy.pool.base import _ConnectionRecord
 
 from shardlib.dsn import Dsn
 from shardlib.errors import PoolTimeout, ShardUnavailable
+from shardlib.shard.accounts import Claim, Member, Ticket
 from shardlib.shard.breaker import Breaker
-from shardlib.shard.budget import Claim, ConnectionBudget, Member, Section, Ticket
+from shardlib.shard.budget import Section
 from shardlib.shard.connect import conninfo_of, explain, hopeless, jittered_lifetime_s, lost
-from shardlib.shard.dialect import SharedDialect
-from shardlib.shard.options import PoolOptions, Role
+from shardlib.shard.context import PoolContext, PoolStats
+from shardlib.shard.entry import PoolEntry
+from shardlib.shard.options import Role
 from shardlib.shard.probe import answers, cut, dead, let_go, poller_of, sever
-from shardlib.waits import Waits, forget_after_fork
+from shardlib.waits import forget_after_fork
 
 __all__ = ["PoolContext", "PoolStats", "ShardPool"]
 
@@ -34,70 +30,6 @@ _OK: Final = int(ConnStatus.OK)
 _IDLE: Final = int(TransactionStatus.IDLE)
 _PEEK_AFTER_S: Final = 0.001
 """A connection that came back less long ago is used without a look at its socket."""
-
-
-@dataclass(frozen=True, slots=True)
-class PoolContext:
-    """What all pools of one engine share."""
-
-    waits: Waits
-    options: PoolOptions
-    budget: ConnectionBudget
-    dialect: SharedDialect
-    connection_class: Any
-    """`psycopg.Connection` or `psycopg.AsyncConnection`, or a subclass."""
-    on_connect: Callable[[Any, str], None]
-    """Called with each new driver connection and the shard's id, before anybody else uses it."""
-    random: random.Random = field(default_factory=random.SystemRandom)
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStats:
-    """One pool at one moment. `size` = `idle` + `in_use` + `connecting`."""
-
-    shard: str
-    name: str
-    role: str
-    size: int
-    idle: int
-    in_use: int
-    connecting: int
-    waiting: int
-    breaker: str
-
-
-class PoolEntry(_ConnectionRecord):
-    """SQLAlchemy's record of a pooled connection, with what our accounts need to know of it."""
-
-    __slots__ = (
-        "counted", "dsn", "epoch", "expires_at", "fenced", "home", "idle_since", "owner", "pgconn", "pid", "poller",
-        "set_up_until",
-    )  # fmt: skip
-
-    owner: object
-    idle_since: float
-    expires_at: float
-    epoch: int
-    counted: bool
-    dsn: Dsn
-    fenced: Any
-    """The driver's connection."""
-    pgconn: Any
-    poller: select.poll
-    home: ShardPool
-    pid: int
-    """The process that it belongs to."""
-    set_up_until: float
-    """Cut if it is not set up by then; infinity once it is."""
-
-    def __init__(self, pool: ShardPool) -> None:
-        self.home, self.counted, self.pid = pool, False, os.getpid()
-        super().__init__(pool)
-
-    def __del__(self) -> None:
-        # A forked child may collect this before it is told that the connection is the parent's.
-        if getattr(self, "counted", False) and self.pid == os.getpid() and not sys.is_finalizing():
-            self.home.lost(self)
 
 
 class ShardPool(Pool):

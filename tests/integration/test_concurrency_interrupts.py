@@ -16,7 +16,10 @@ from shardlib_ops import LocalCluster
 from tests.support.models import Base, Customer
 from tests.support.quiet import assert_quiet, out
 
-POOL_FILES = ("shardlib/shard/pool.py", "shardlib/shard/budget.py", "sqlalchemy/pool/base.py")
+POOL_FILES = (
+    *(f"shardlib/shard/{name}.py" for name in ("pool", "entry", "accounts", "allotment", "budget")),
+    "sqlalchemy/pool/base.py",
+)
 
 
 class Interrupt:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from shardlib.errors import InvalidArgument, ShardUnavailable
+from shardlib.shard.accounts import Member, Ticket
 from shardlib.shard.breaker import Breaker
-from shardlib.shard.budget import ConnectionBudget, Member, Section, Ticket
+from shardlib.shard.budget import ConnectionBudget, Section
 from shardlib.shard.options import PoolOptions
 from shardlib.waits import ThreadWaits
 
