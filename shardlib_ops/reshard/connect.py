@@ -32,21 +32,38 @@ SETTINGS: Final = {
 """What each connection of a job sets, whatever the role's or the database's own settings are."""
 
 _SUPERSEDED: Final = "SL001"
+_ROUND_BITS: Final = 20
 _TRANSACTION_TIMEOUT_SINCE: Final = 17_00_00
 
 
 class Runner:
-    """Who is at work: the job and the token of the lease it is held by. Names the connections.
+    """Who is at work: the job and a fencing token. Names the connections.
 
     Attributes:
         job: id of the job.
-        token: fencing token of the lease; a later holder has a higher one.
+        token: a later holder of the job has a higher one, and so has the same holder in a later round.
     """
 
     __slots__ = ("job", "token")
 
     def __init__(self, job: int, token: int) -> None:
         self.job, self.token = job, token
+
+    @classmethod
+    def of_lease(cls, job: int, lease_token: int) -> Runner:
+        """The runner that holds a lease, in its first round."""
+        return cls(job, lease_token << _ROUND_BITS)
+
+    def next_round(self) -> bool:
+        """Have a higher token from now on: what was sent with the one before is refused after the next claim.
+
+        Returns:
+            False after a million rounds: the token would be one of the next lease's.
+        """
+        if (self.token + 1) >> _ROUND_BITS != self.token >> _ROUND_BITS:
+            return False
+        self.token += 1
+        return True
 
     def application(self, what: str) -> str:
         """`application_name` of a connection."""

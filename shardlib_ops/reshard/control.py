@@ -6,9 +6,11 @@ transaction, so that one which was paused, lost its lease and woke up is refused
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Final, Literal, LiteralString
 
 from psycopg import AsyncConnection, sql
+from psycopg import errors as pg
 
 from shardlib_ops.reshard.connect import Runner
 
@@ -29,6 +31,10 @@ __all__ = [
 Direction = Literal["forward", "reverse"]
 
 _CLAIM_S: Final = 10
+_EARLIER: Final[LiteralString] = """
+    FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
+     AND application_name ~ %s AND split_part(application_name, ' ', 4)::bigint < %s
+"""
 
 
 def keys_table(job: int) -> sql.Identifier:
@@ -54,17 +60,29 @@ def claimed(runner: Runner) -> sql.Composed:
 async def claim(conn: AsyncConnection[Any], runner: Runner) -> None:
     """Take the job over on one shard: from now on every runner with a lower token is refused here.
 
-    A runner's transaction that is in flight here is ended, and seen to be gone.
+    What is in flight here with a lower token is ended, and seen to be gone: the statements of earlier runners, and
+    those of this runner that still run in a server to which it has lost the connection.
 
     Raises:
+        TimeoutError: one of them does not end, or does not let go of the job's row; it is named where it can be.
         psycopg.Error: SQLSTATE SL001 if a later runner holds the job.
     """
-    await conn.execute(
-        "SELECT pg_terminate_backend(pid, %s) FROM pg_stat_activity"
-        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        " AND application_name ~ %s AND split_part(application_name, ' ', 4)::bigint < %s",
-        (_CLAIM_S * 1000, rf"^shardlib job {runner.job} \d+ ", runner.token),
-    )
+    async with asyncio.timeout(_CLAIM_S * 2):
+        found = await conn.execute(
+            f"SELECT pid, application_name, pg_terminate_backend(pid, %s) {_EARLIER}",
+            (_CLAIM_S * 1000, rf"^shardlib job {runner.job} \d+ ", runner.token),
+        )
+        if left := [f"{pid} ({name})" for pid, name, gone in await found.fetchall() if not gone]:
+            raise TimeoutError(f"process {', '.join(left)} of an earlier round does not end within {_CLAIM_S} s")
+    try:
+        await _take(conn, runner)
+    except pg.LockNotAvailable:
+        raise TimeoutError(
+            f"a transaction of an earlier round of job {runner.job} has not ended within {_CLAIM_S} s"
+        ) from None
+
+
+async def _take(conn: AsyncConnection[Any], runner: Runner) -> None:
     async with conn.transaction():
         await conn.execute(f"SET LOCAL lock_timeout = '{_CLAIM_S}s'")
         await conn.execute(

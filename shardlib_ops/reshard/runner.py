@@ -18,7 +18,7 @@ from shardlib.topology.moving import announce, finish, moves_of
 from shardlib_ops.reshard.control import Direction
 from shardlib_ops.reshard.cutover import Cutover, Limits, Outcome, ready, reopen
 from shardlib_ops.reshard.gates import change, sweep
-from shardlib_ops.reshard.job import Job, Status, Wish
+from shardlib_ops.reshard.job import WAY_BACK_LOST, Job, Status, Wish
 from shardlib_ops.reshard.together import together
 from shardlib_ops.reshard.world import Blocked, Failure, Flow, Lost, Superseded, World
 
@@ -28,6 +28,7 @@ _BACK_OFF_S: Final = (0.1, 0.3, 1.0, 3.0)
 _LOOK_S: Final = 0.25
 _SWEEP_S: Final = 5.0
 _ROUNDS_MAX: Final = 5
+_PATIENCE_S: Final = 10.0
 _SEQUENCE_MARGIN: Final = 1_000
 
 
@@ -109,12 +110,13 @@ class JobRunner:
                 await self._note(reason)
                 await self.world.sleep(_BACK_OFF_S[-1])
                 return
+            await self._claim()
             state = self._state(await self.world.topology())
             if state is MoveState.SWITCHED:
                 await self._note(reason)
             else:
                 await self._undo(Status.FAILED, reason, announced=state is not None)
-        except (Lost, Blocked) as error:
+        except (Lost, Blocked, TimeoutError) as error:
             await self._note(f"{reason}; and {error}")
             await self.world.sleep(_BACK_OFF_S[-1])
 
@@ -129,12 +131,17 @@ class JobRunner:
         moves = moves_of(topology, self.job.id)
         return moves[0].state if moves else None
 
+    async def _claim(self) -> None:
+        """From here on nothing happens any more of what earlier rounds have sent, answered or not."""
+        await self.world.anew()
+        await together(self.world.side(shard_id).claim() for shard_id in self.job.shards)
+        await self._step("claimed")
+
     async def _advance(self) -> bool:
         """Do the next thing; whether the job rests."""
         if self.job.status.over:
             return True
-        await together(self.world.side(shard_id).claim() for shard_id in self.job.shards)
-        await self._step("claimed")
+        await self._claim()
         if self.job.started_at is None:
             await self._save(self.job.changed(started_at=self.world.stamp()))
         state = self._state(await self.world.topology())
@@ -260,6 +267,7 @@ class JobRunner:
                 await self._compare_changed(flows)
                 for leg in self.job.legs:
                     await self.world.advance_sequences(leg, "forward", ahead=_SEQUENCE_MARGIN)
+            await self._wait_for_old_writers(cutover)
             await sweep(self.world, cutover.serving, budget_s=_SWEEP_S)
             number = self.job.attempts + 1
             if cutover.direction == "forward" and self.job.status is Status.DELTASYNC:
@@ -272,6 +280,22 @@ class JobRunner:
             await self._note(f"attempt {number} gave way: {cutover.waiting_for}")
             await self.world.sleep(pause_s * (0.5 + self.world.jitter()))
             pause_s = min(self.limits.pause_max_s, pause_s * 2)
+
+    async def _wait_for_old_writers(self, cutover: Cutover) -> None:
+        """While a transaction is older than an attempt may take, the ranges are not closed for it in vain.
+
+        Not for long: those that come one after the other may end in time.
+        """
+        until = self.world.now() + _PATIENCE_S
+        while self.world.now() < until:
+            found = await together(
+                self.world.side(shard_id).old_writers(older_s=self.limits.budget_s) for shard_id in cutover.serving
+            )
+            if not (writers := [writer for some in found for writer in some]):
+                return
+            await self._note("the switch waits for transactions that write to sharded tables: " + "; ".join(writers))
+            await self._pause()
+            await self.world.sleep(_LOOK_S * (0.5 + self.world.jitter()))
 
     async def _validate(self) -> bool:
         """Both sides in step, the targets serve; whether the job rests here."""
@@ -312,7 +336,8 @@ class JobRunner:
         if self._may_complete(wish, float("-inf") if self.job.retention_s is not None else self.world.now()):
             await self._to(Status.CLEANUP, outcome=Status.COMPLETED, purging=True, error=None)
             return False
-        await self._note("the stream back to the old side is lost: `rollback` is not possible, `complete` is")
+        if WAY_BACK_LOST not in (self.job.error or ""):
+            await self._note(WAY_BACK_LOST)
         if not self._stay:
             return True
         await self.world.sleep(_LOOK_S * 4)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
-from typing import Any, Final, TypeVar
+from functools import partial
+from typing import Any, Final, NoReturn, TypeVar
 
 from psycopg import AsyncConnection
 
@@ -18,10 +20,11 @@ from shardlib.errors import CatalogUnavailable
 from shardlib.topology import Topology
 from shardlib_ops.reshard.cleanup import purge
 from shardlib_ops.reshard.connect import Runner
-from shardlib_ops.reshard.control import Direction, position, start_position
+from shardlib_ops.reshard.control import Direction, claimed, position, start_position
 from shardlib_ops.reshard.copy import ExportedSnapshot, collect_keys, copy_tables, empty_half_copied, export_snapshot
-from shardlib_ops.reshard.job import Job, Leg, Wish
+from shardlib_ops.reshard.job import WAY_BACK_LOST, Job, Leg, Status, Wish
 from shardlib_ops.reshard.link import Link
+from shardlib_ops.reshard.progress import Tracker
 from shardlib_ops.reshard.schema import (
     advance_sequences,
     copy_after_rows,
@@ -29,12 +32,22 @@ from shardlib_ops.reshard.schema import (
 )
 from shardlib_ops.reshard.side import ShardSide, translated
 from shardlib_ops.reshard.store import JobStore
-from shardlib_ops.reshard.stream import Stream, create_slot, drop_slot, slot_state
+from shardlib_ops.reshard.stream import (
+    MAX_SLOT_WAL,
+    SlotOverBudget,
+    Stream,
+    create_slot,
+    drop_slot,
+    slot_state,
+    watch_slot,
+)
 from shardlib_ops.reshard.together import first_of, together
 from shardlib_ops.reshard.validate import compare_changed, compare_closed, compare_whole
-from shardlib_ops.reshard.world import Blocked, Compared, Flow, Lost, Superseded
+from shardlib_ops.reshard.world import Blocked, Compared, Failure, Flow, Lost, Superseded
 
 __all__ = ["Servers"]
+
+_log = logging.getLogger("shardlib.reshard")
 
 T = TypeVar("T")
 
@@ -55,6 +68,8 @@ class Servers:
         store: that the record was read by.
         workers: connections that copy side by side, for each leg.
         purge_rows_per_s: limit of the cleanup.
+        max_slot_wal: bytes of WAL that a server may keep for a slot of the job; None: any.
+        trend_s: seconds for which a stream has to be outrun before that is told.
     """
 
     def __init__(
@@ -67,12 +82,14 @@ class Servers:
         store: JobStore,
         workers: int = 2,
         purge_rows_per_s: int = 20_000,
+        max_slot_wal: int | None = MAX_SLOT_WAL,
+        trend_s: float = 60.0,
     ) -> None:
         self._catalog, self._lease, self._job_id = catalog, lease, job.id
         self._store = store
         self._topology = topology
         self._workers, self._purge_rows_per_s = workers, purge_rows_per_s
-        self.runner = Runner(job.id, lease.token)
+        self.runner = Runner.of_lease(job.id, lease.token)
         self.tables = tuple(table for table in topology.tables if not table.reference)
         self.references = tuple(table for table in topology.tables if table.reference)
         self._sides = {
@@ -94,12 +111,21 @@ class Servers:
         self.jitter: Callable[[], float] = random.random
         self.stamp: Callable[[], str] = lambda: datetime.now(UTC).isoformat(timespec="milliseconds")
         self.nonce: Callable[[], str] = lambda: uuid.uuid4().hex
+        self._max_slot_wal = max_slot_wal
+        self.progress = Tracker(job, topology, clock=self.now, stamp=self.stamp, trend_s=trend_s)
 
     async def close(self) -> None:
         """Close every connection; idempotent."""
         await together(side.close() for side in self._sides.values())
         kept, self._kept = self._kept, {}
         await together(conn.close() for pair in kept.values() for conn in pair)
+
+    async def anew(self) -> None:
+        """See `World.anew`. Connections bear the round's token in their names, so all are made anew."""
+        self._held()
+        await self.close()
+        if not self.runner.next_round():
+            raise Superseded(f"job {self._job_id} was taken up too often under one lease")
 
     async def topology(self) -> Topology:
         """See `World.topology`."""
@@ -123,6 +149,7 @@ class Servers:
             await self._ask(lambda: self._store.save(job, self._lease))
         except Conflict:
             raise Superseded(f"the record of job {job.id} was changed by another runner") from None
+        self.progress.saved(job)
 
     async def wish(self) -> Wish:
         """See `World.wish`. While the catalog does not answer, the last one holds."""
@@ -136,6 +163,11 @@ class Servers:
                     raise
                 self._wish = now, self._wish[1]
         return self._wish[1]
+
+    @property
+    def latest(self) -> Topology:
+        """The topology as this world has seen it last."""
+        return self._topology
 
     def side(self, shard_id: str) -> ShardSide:
         """See `World.side`."""
@@ -165,11 +197,13 @@ class Servers:
     @translated
     async def schema_before_rows(self, leg: Leg) -> None:
         """See `World.schema_before_rows`."""
+        self.progress.begins("prepare")
         await copy_before_rows(self.link(leg), self.references)
 
     @translated
     async def schema_after_rows(self, leg: Leg) -> None:
         """See `World.schema_after_rows`."""
+        self.progress.begins("indexes")
         await copy_after_rows(self.link(leg), self.references)
         self._sides[leg.target].forget_shapes()
 
@@ -196,18 +230,26 @@ class Servers:
         usable = await flow.usable()
         if not usable:
             await flow.drop_slot()
-            async with target.using() as conn:
+            async with target.using() as conn, conn.transaction():
+                await conn.execute(claimed(self.runner))
                 await conn.execute(
                     "DELETE FROM shardlib.copied WHERE job = %s AND leg = %s", (self._job_id, leg.number)
                 )
         await empty_half_copied(link, await target.shapes())
         name = f"{link.slot}_tmp" if usable else link.slot
-        async with await export_snapshot(link, slot=name, temporary=usable, timeout_s=_SNAPSHOT_S) as snapshot:
+        self.progress.copy_begins(leg.number, anew=not usable)
+        async with (
+            self._beside([self._watch_slot(leg, "forward")]),
+            await export_snapshot(link, slot=name, temporary=usable, timeout_s=_SNAPSHOT_S) as snapshot,
+        ):
             if not usable:
                 async with target.using() as conn:
                     await start_position(conn, self.runner, leg.number, "forward", snapshot.lsn)
-            await collect_keys(link, await source.shapes(), snapshot)
+            self.progress.begins("keys")
+            keys = partial(self.progress.keys, leg.number)
+            keys(await collect_keys(link, await source.shapes(), snapshot, on_progress=keys), exact=True)
             await pause()
+            self.progress.begins("copy")
             await copy_tables(
                 link,
                 await source.shapes(),
@@ -215,6 +257,7 @@ class Servers:
                 snapshot,
                 workers=self._workers,
                 throttle=pause,
+                on_progress=partial(self.progress.copied, leg.number),
             )
 
     def _export(self, leg: Leg) -> Callable[[], AbstractAsyncContextManager[ExportedSnapshot]]:
@@ -232,6 +275,7 @@ class Servers:
     @translated
     async def compare(self, leg: Leg, flow: Flow, *, since: str | None) -> Compared:
         """See `World.compare`."""
+        self.progress.begins("compare")
         stream = self.flow(leg, "forward").stream
         origin, sink = await self._sides[leg.source].shapes(), await self._sides[leg.target].shapes()
         link, export = self.link(leg), self._export(leg)
@@ -240,6 +284,7 @@ class Servers:
         else:
             found = await compare_changed(link, stream, origin, sink, since=since, export=export)
         await self._comparing(leg)  # ready for the closed window
+        self.progress.begins("stream")
         return Compared(found.lsn, found.keys)
 
     async def _comparing(self, leg: Leg) -> tuple[AsyncConnection[Any], AsyncConnection[Any]]:
@@ -285,12 +330,14 @@ class Servers:
         link = self.link(leg, "forward" if shard_id == leg.target else "reverse")
         if not await self._has_keys(side):
             return
+        self.progress.begins("purge")
         await purge(
             link,
             await side.shapes(),
             ranges=side.ranges,
             rows_per_s=self._purge_rows_per_s,
             pause=pause,
+            on_progress=partial(self.progress.deleted, shard_id),
         )
 
     async def _has_keys(self, side: ShardSide) -> bool:
@@ -304,17 +351,47 @@ class Servers:
         """See `World.running`."""
         opened = [flow for flow in flows if isinstance(flow, _StreamFlow)]
         await together(flow.open() for flow in opened)
+        self.progress.begins("stream")
+        # The way back is prepared before the switch: its slot keeps WAL from then on.
+        slots = [self._watch_slot(flow.leg, flow.direction) for flow in opened]
+        slots += [self._watch_slot(flow.leg, "reverse") for flow in opened if flow.direction == "forward"]
+        async with self._beside([*(flow.run() for flow in flows), self._watch_lease(), *slots]):
+            yield
+
+    @asynccontextmanager
+    async def _beside(self, work: Sequence[Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+        """Let this go on for as long as the body runs; what breaks of it ends the body."""
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(flow.run()) for flow in flows]
-                tasks.append(group.create_task(self._watch_lease()))
+                tasks = [group.create_task(one) for one in work]
                 try:
                     yield
                 finally:
                     for task in tasks:
                         task.cancel()
         except BaseExceptionGroup as errors:
-            raise first_of(errors) from None
+            error = first_of(errors)
+            if isinstance(error, SlotOverBudget):
+                await self._over_budget(error)
+            raise error from None
+
+    @translated
+    async def _watch_slot(self, leg: Leg, direction: Direction) -> None:
+        seen = partial(self.progress.slot_seen, leg.number, direction)
+        await watch_slot(self.link(leg, direction), max_bytes=self._max_slot_wal, seen=seen)
+
+    async def _over_budget(self, found: SlotOverBudget) -> NoReturn:
+        """Rather the job than the disk, and after the switch rather the way back."""
+        job = self.progress.job
+        if found.direction == "forward":
+            raise Failure(
+                f"{found}: the job is undone rather than the disk filled; run it at a quieter time, or allow more"
+            ) from found
+        await next(self.flow(leg, "reverse") for leg in job.legs if leg.number == found.leg).drop_slot()
+        # Before the switch nothing is read from it yet: the next look makes it anew.
+        after = WAY_BACK_LOST if job.status is Status.VALIDATION else "it is made anew"
+        _log.warning("job %d: %s: the slot was dropped; %s", job.id, found, after)
+        raise Lost(f"{found}: the slot was dropped; {after}") from found
 
     async def _watch_lease(self) -> None:
         while True:
@@ -336,7 +413,7 @@ class _StreamFlow:
     """A `Stream` as a `Flow`: made anew for each run, since a broken one does not go on."""
 
     def __init__(self, servers: Servers, leg: Leg, direction: Direction) -> None:
-        self._servers, self._leg, self._direction = servers, leg, direction
+        self._servers, self.leg, self.direction = servers, leg, direction
         self._stream: Stream | None = None
 
     @property
@@ -351,14 +428,14 @@ class _StreamFlow:
         return self._stream
 
     def _ends(self) -> tuple[ShardSide, ShardSide]:
-        forward = self._direction == "forward"
-        leg = self._leg
+        forward = self.direction == "forward"
+        leg = self.leg
         origin, sink = (leg.source, leg.target) if forward else (leg.target, leg.source)
         return self._servers.side(origin), self._servers.side(sink)
 
     @property
     def _link(self) -> Link:
-        return self._servers.link(self._leg, self._direction)
+        return self._servers.link(self.leg, self.direction)
 
     @translated
     async def create_slot(self) -> None:
@@ -382,7 +459,7 @@ class _StreamFlow:
         async with origin.using() as conn:
             state = await slot_state(conn, self._link.slot)
         async with sink.using() as conn:
-            at = await position(conn, self._servers.runner.job, self._leg.number, self._direction)
+            at = await position(conn, self._servers.runner.job, self.leg.number, self.direction)
         return state is not None and not state.lost and at is not None
 
     @translated
@@ -391,6 +468,7 @@ class _StreamFlow:
         origin, sink = self._ends()
         # Both ways: after a rollback the keys that were born on a target are hidden and deleted there.
         self._stream = Stream(self._link, await sink.shapes(), on_new_keys=origin.add_keys)
+        self._servers.progress.opened(self.leg.number, self.direction, self._stream)
 
     @translated
     async def run(self) -> None:
@@ -399,6 +477,7 @@ class _StreamFlow:
             await self.stream.run()
         finally:
             self._stream = None
+            self._servers.progress.opened(self.leg.number, self.direction, None)
 
     @property
     def lag_bytes(self) -> int | None:

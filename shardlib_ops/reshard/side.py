@@ -10,6 +10,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection, sql
+from psycopg import errors as pg
 
 from shardlib.dsn import scrub
 from shardlib.errors import RetryableError, ShardlibError
@@ -28,7 +29,7 @@ from shardlib_ops.reshard.guard import (
 )
 from shardlib_ops.reshard.job import Job
 from shardlib_ops.reshard.rows import TableShape, read_shapes
-from shardlib_ops.reshard.stream import SlotBlocked, SlotLost, create_publication
+from shardlib_ops.reshard.stream import SchemaChanged, SlotBlocked, SlotLost, create_publication
 from shardlib_ops.reshard.together import together
 from shardlib_ops.reshard.world import Blocked, Failure, Lost, Superseded
 
@@ -57,12 +58,26 @@ def translated(
                 raise Superseded(str(error).partition("\n")[0]) from error
             if isinstance(error, SlotBlocked):
                 raise Blocked(str(error)) from error
+            if (altered := _altered(error)) is not None:
+                # Waited for: it can be undone, and the operator may cancel; what is copied is not thrown away for it.
+                raise Blocked(altered) from error
             # A lost slot is found by the next look at the job, which makes the copy anew.
             if is_lost(error) or isinstance(error, RetryableError | SlotLost | OSError):
                 raise Lost(scrub(str(error).strip())) from error
             raise Failure(scrub(str(error).strip())) from error
 
     return run  # type: ignore[return-value]  # `wraps` gives the first parameter a name
+
+
+def _altered(error: BaseException) -> str | None:
+    """What was altered, if that is why a statement failed; None if it is not."""
+    if isinstance(error, SchemaChanged):
+        return str(error)
+    said = str(error).partition("\n")[0]
+    altered = isinstance(error, pg.UndefinedColumn | pg.UndefinedTable | pg.DatatypeMismatch | pg.NotNullViolation)
+    if not altered or "shardlib." in said:
+        return None
+    return f"a table was altered while its rows move ({said}): undo that and the job goes on by itself, or cancel it"
 
 
 class ShardSide:
@@ -89,7 +104,6 @@ class ShardSide:
         self._before_guard: tuple[ForeignWriter, ...] | None = None
         self._turn = asyncio.Lock()
         self._gate_turn = asyncio.Lock()
-        self._check = claimed(runner).as_string()
 
     @asynccontextmanager
     async def using(self) -> AsyncIterator[AsyncConnection[Any]]:
@@ -141,6 +155,10 @@ class ShardSide:
                 self.shard.primary, shard=self.shard.name, application=self.runner.application("gates")
             )
         return call(conn)
+
+    @property
+    def _check(self) -> str:
+        return claimed(self.runner).as_string()
 
     @translated
     async def claim(self) -> None:
@@ -231,11 +249,19 @@ class ShardSide:
         """See `Side.foreign_writers`."""
         shapes = await self.shapes()
         async with self.using() as conn:
-            found = await foreign_writers(conn, shapes)
+            found = await foreign_writers(conn, shapes, gated=True)
         if self._before_guard is None:
             self._before_guard = found
         # Who began later has met the guard.
         return tuple(map(str, lasting(self._before_guard, found)))
+
+    @translated
+    async def old_writers(self, *, older_s: float) -> tuple[str, ...]:
+        """See `Side.old_writers`."""
+        shapes = await self.shapes()
+        async with self.using() as conn:
+            found = await foreign_writers(conn, shapes, gated=True)
+        return tuple(str(writer) for writer in found if writer.age_s >= older_s)
 
     @translated
     async def barrier(self, message: str) -> None:

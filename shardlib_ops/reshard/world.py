@@ -81,7 +81,11 @@ class Side(Protocol):
     """One shard of a job, at its primary. What changes something is refused unless this runner holds the job."""
 
     async def claim(self) -> None:
-        """Take the job over here: runners before this one are ended and refused."""
+        """Take the job over here: runners before this one, and this one's own earlier rounds, are ended and refused.
+
+        Raises:
+            TimeoutError: something of theirs does not end.
+        """
         ...
 
     async def prepare(self) -> None:
@@ -113,11 +117,19 @@ class Side(Protocol):
         ...
 
     async def guard(self, *, active: bool) -> None:
-        """Let the database refuse, or not refuse any more, whoever writes moved rows here without a gate."""
+        """Let the database refuse, or not refuse any more, whoever writes moved rows here past the gates."""
         ...
 
     async def foreign_writers(self) -> tuple[str, ...]:
-        """Transactions in flight without a gate that wrote to sharded tables before the guard was raised last."""
+        """Transactions in flight that wrote to sharded tables before the guard was raised last.
+
+        Also those behind a gate that is open: what they write to a table that they had written before does not meet
+        the guard, whatever row it is.
+        """
+        ...
+
+    async def old_writers(self, *, older_s: float) -> tuple[str, ...]:
+        """Transactions in flight, older than so many seconds, that have written to sharded tables."""
         ...
 
     async def barrier(self, message: str) -> None:
@@ -141,6 +153,14 @@ class World(Protocol):
     """The wall clock as UTC in ISO 8601: a label for people, which decides nothing."""
     nonce: Callable[[], str]
     """A text that no other call gives."""
+
+    async def anew(self) -> None:
+        """Begin a round: after the next `Side.claim`, nothing that was sent before has an effect there any more.
+
+        Raises:
+            Superseded: there were too many rounds under this lease.
+        """
+        ...
 
     async def topology(self) -> Topology:
         """The stored topology, read now.

@@ -23,6 +23,7 @@ class FakeCatalog:
     def __init__(self, topology: Topology, job: Job, clock: Callable[[], float]) -> None:
         self.topology, self.job, self.wish = topology, job, Wish.RUN
         self.history = [topology]
+        self._named = {gate.number: gate for gate in topology.gates}
         self.revision = 1
         self.away = False
         self.violations: list[str] = []
@@ -75,7 +76,9 @@ class FakeCatalog:
             self.violations.append(f"version {after.version}: the next gate number went back")
         named = {gate.number: gate for gate in before.gates}
         for gate in after.gates:
-            if gate.number < before.next_gate and named.get(gate.number) != gate:
+            if self._named.setdefault(gate.number, gate) != gate or (
+                gate.number not in named and any(gate in old.gates for old in self.history)
+            ):
                 self.violations.append(f"version {after.version}: gate number {gate.number} was used again")
         self._look_at_owners(before, after)
 

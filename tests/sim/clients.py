@@ -173,6 +173,30 @@ class Client:
         await shard.commit(flight)
         self._wrote(key, uid, None, began, "ok")
 
+    async def write_past_its_gate(self, key: str, other: str) -> None:
+        """Through the gate of `key`, then SQL of its own that reaches the row of `other`, if that is there by now."""
+        sim, began, parts = self.sim, self.sim.loop.time(), [(key, self._uid()), (other, self._uid())]
+        shard, gate = self._place(self.topology, key)
+        flight = shard.begin(self.name)
+        try:
+            await shard.enter(flight, gate)
+            for one, uid in parts:
+                here = self._place(sim.catalog.topology, one)[0] is shard
+                if not here or one not in shard.seen["register"] or not shard.free(one):
+                    raise Guarded("not there")
+                await shard.lock(flight, one)  # free: does not wait
+                shard.write(flight, one, None, uid)
+                await self._think()
+        except (Closed, Guarded):
+            shard.end_flight(flight)
+            await self._refresh()
+            told = "failed"
+        else:
+            await shard.commit(flight)
+            told = "ok"
+        for one, uid in parts:
+            self._wrote(one, uid, None, began, told)
+
     async def read(self, key: str) -> None:
         """A strong read of one register."""
         began = self.sim.loop.time()

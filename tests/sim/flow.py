@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from shardlib_ops.reshard.control import Direction
@@ -58,20 +59,11 @@ class FakeFlow:
         except TimeoutError:
             raise Blocked("a transaction keeps a slot from being made") from None
 
-        def make() -> None:
-            self.origin.claimed(self.world.token)
-            self.origin.make_slot(self.slot)
-
-        await self.world.process.call(make)
+        await self.world.at(self.origin, lambda: self.origin.make_slot(self.slot))
 
     async def drop_slot(self) -> None:
         """See `Flow.drop_slot`."""
-
-        def drop() -> None:
-            self.origin.claimed(self.world.token)
-            self.origin.slots.pop(self.slot, None)
-
-        await self.world.process.call(drop)
+        await self.world.at(self.origin, lambda: self.origin.slots.pop(self.slot, None))
 
     async def usable(self) -> bool:
         """See `Flow.usable`."""
@@ -90,7 +82,6 @@ class FakeFlow:
 
     async def run(self) -> None:
         """See `Flow.run`."""
-        call = self.world.process.call
         try:
             read = await self._start()
             while True:
@@ -104,7 +95,7 @@ class FakeFlow:
                 fresh = await self.apply(batch, read)
                 read = batch[-1].lsn
                 if fresh:
-                    await call(lambda keys=tuple(fresh): self.hand_over(keys))  # type: ignore[misc]
+                    await self.world.at(self.origin, partial(self.hand_over, tuple(fresh)))
                 self.applied = read
                 self._heard.update(dict.fromkeys(record.message for record in batch if record.message is not None))
                 self._confirm(read)
@@ -132,7 +123,7 @@ class FakeFlow:
         known = self.sink.keys or {}
         again = tuple(key for key, lsn in known.items() if lsn > slot.confirmed and self.moves(key))
         if again:
-            await call(lambda: self.hand_over(again))
+            await self.world.at(self.origin, partial(self.hand_over, again))
         self.applied, self.running = read, True
         self.sink.tell()
         return max(read, slot.point)
@@ -144,12 +135,11 @@ class FakeFlow:
 
     async def apply(self, batch: list[Record], read: int) -> list[str]:
         """One transaction at the sink; the keys that it did not know."""
-        return await self.world.process.call(lambda: self.apply_now(batch))
+        return await self.world.at(self.sink, lambda: self.apply_now(batch))
 
     def apply_now(self, batch: list[Record]) -> list[str]:
         """Rows, keys and position, all of them or nothing. What is below the position was applied before."""
         sink = self.sink
-        sink.claimed(self.world.token)
         position = sink.position.get(self.at)
         if position is None or sink.keys is None:
             raise Lost("the sink does not know of the stream any more")
@@ -170,7 +160,6 @@ class FakeFlow:
 
     def hand_over(self, keys: tuple[str, ...]) -> None:
         """Let the origin's key table know keys that appeared at the sink."""
-        self.origin.claimed(self.world.token)
         if self.origin.keys is None:
             raise Lost("the origin has no key table")
         for key in keys:

@@ -72,6 +72,12 @@ async def _nobody_foreign(self: FakeSide) -> tuple[str, ...]:
     return ()
 
 
+async def _without_a_gate_alone(self: FakeSide) -> tuple[str, ...]:
+    """Who came through a gate that stays open is not waited for."""
+    found = await self.world.process.call(self.shard.unfinished)
+    return tuple(flight.name for flight in found if flight.gates is None)
+
+
 async def _position_apart(self: FakeFlow, batch: list[Record], read: int) -> list[str]:
     before = self.sink.position.get(self.at)
 
@@ -82,11 +88,10 @@ async def _position_apart(self: FakeFlow, batch: list[Record], read: int) -> lis
         return fresh
 
     def position_alone() -> None:
-        self.sink.claimed(self.world.token)
         self.sink.position[self.at] = max(before or 0, batch[-1].lsn)
 
-    fresh = await self.world.process.call(rows_alone)
-    await self.world.process.call(position_alone)
+    fresh = await self.world.at(self.sink, rows_alone)
+    await self.world.at(self.sink, position_alone)
     return fresh
 
 
@@ -95,13 +100,20 @@ async def _publish_again(self: FakeWorld, after: Topology, *, expected: int) -> 
     self._held()
     catalog = self.sim.catalog
     try:
-        if await self.process.call(lambda: catalog.swap(after, expected, self.token), away=catalog.away, late=True):
+        if await self.process.call(
+            lambda: catalog.swap(after, expected, self.lease.token), away=catalog.away, late=True
+        ):
             return True
     except Lost:
         pass
     found = catalog.topology.version
     again = replace(after, version=found + 1, nonce=self.nonce())
-    return await self.process.call(lambda: catalog.swap(again, found, self.token), away=catalog.away)
+    return await self.process.call(lambda: catalog.swap(again, found, self.lease.token), away=catalog.away)
+
+
+async def _same_round(self: FakeWorld) -> None:
+    """What was sent before, and not answered, may still happen."""
+    self._held()
 
 
 def _everything(self: Client, topology: Topology, shard: FakeShard) -> dict[str, tuple[int, int]]:
@@ -118,6 +130,7 @@ PLANTS: dict[str, list[tuple[Any, str, Any]]] = {
         (Cutover, "_compare", lambda self, compared: _nothing()),
     ],
     "no wait for foreign writers": [(FakeSide, "foreign_writers", _nobody_foreign)],
+    "no wait for writers behind other gates": [(FakeSide, "foreign_writers", _without_a_gate_alone)],
     "reopen without publishing": [(attempt, "reopen", _reopen_the_same), (runner, "reopen", _reopen_the_same)],
     "stale gates not swept": [
         (runner, "sweep", _no_sweep),
@@ -126,6 +139,7 @@ PLANTS: dict[str, list[tuple[Any, str, Any]]] = {
     "position apart from the rows": [(FakeFlow, "apply", _position_apart)],
     "keys not handed to the origin": [(FakeFlow, "hand_over", lambda self, keys: None)],
     "a lost publish said again": [(FakeWorld, "publish", _publish_again)],
+    "statements of an earlier round": [(FakeWorld, "anew", _same_round)],
     "unowned copies visible": [(Client, "rows", _everything)],
 }
 

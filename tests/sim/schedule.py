@@ -393,6 +393,11 @@ class Simulation:
                     await client.write([rng.choice(known)], values=lambda key: None)
                 elif kind == "foreign":
                     await client.write_without_gate(rng.choice(known))
+                elif kind == "past":
+                    stays = [key for key in known if key not in self.leg_of]
+                    moves = [key for key in known if key in self.leg_of]
+                    if stays and moves:
+                        await client.write_past_its_gate(rng.choice(stays), rng.choice(moves))
                 elif kind == "read":
                     await client.read(rng.choice(known))
                 else:
@@ -402,7 +407,15 @@ class Simulation:
 
         pace = rng.choice((0.1, 0.3, 0.8))
         for number, (kind, mine) in enumerate(
-            [("write", keys[::2]), ("write", keys[1::2]), ("count", []), ("read", []), ("scan", []), ("foreign", [])]
+            [
+                ("write", keys[::2]),
+                ("write", keys[1::2]),
+                ("count", []),
+                ("read", []),
+                ("scan", []),
+                ("foreign", []),
+                ("past", []),
+            ]
         ):
             client = make(f"{kind}{number}")
             self.loop.create_task(client.live(act_of(client, kind, mine), pace))
@@ -439,27 +452,33 @@ class Simulation:
             shard.tell()
 
     async def _change_topology(self) -> None:
-        """Somebody else publishes: a new default gate of a shard that is not of the job, or nothing but a version."""
-        before = self.catalog.topology
-        apart = [shard_id for shard_id in self.shards if shard_id not in self.catalog.job.shards]
-        if apart and self.rng.random() < 0.5:
-            after = renew_gates(before, apart[0], nonce=self.nonce())
+        """Somebody else publishes: new gates of a shard, or nothing but a version."""
+        if self.rng.random() < 0.5:
+            await self.renew(self.rng.choice(list(self.shards)))
         else:
-            after = before.evolve(nonce=self.nonce())
-        new = [gate for gate in after.gates if gate not in before.gates]
-        old = [gate for gate in before.gates if gate not in after.gates]
-        for gate in new:
+            before = self.catalog.topology
             await asyncio.sleep(self.delay())
-            self.shards[gate.shard_id].open_gate(gate.number)
+            self.facts["others"] += self.catalog.swap(before.evolve(nonce=self.nonce()), before.version, None)
+
+    async def renew(self, shard_id: str) -> bool:
+        """Somebody else gives a shard new gates, as whoever changes gates does; whether nobody was faster."""
+        before, shard = self.catalog.topology, self.shards[shard_id]
+        after = renew_gates(before, shard_id, nonce=self.nonce())
+        after = replace(after, version=before.version + 2)
+        new, old = after.gates_of(shard_id), before.gates_of(shard_id)
         await asyncio.sleep(self.delay())
-        stored = self.catalog.swap(after, before.version, None)
+        if not self.catalog.swap(before.evolve(next_gate=after.next_gate, nonce=self.nonce()), before.version, None):
+            return False
+        for number in new:
+            await asyncio.sleep(self.delay())
+            shard.open_gate(number)
+        await asyncio.sleep(self.delay())
+        stored = self.catalog.swap(after, before.version + 1, None)
         self.facts["others"] += stored
-        for gate in old if stored else new:
-            shard = self.shards[gate.shard_id]
-            if gate.number in self._named[shard.id] and not stored:
-                continue  # another was faster, with this number
-            while not shard.drop_gate(gate.number):
+        for number in old if stored else new:
+            while not shard.drop_gate(number):
                 await shard.changes()
+        return stored
 
     async def _main(self) -> Job:
         self._ended = asyncio.Queue()

@@ -65,6 +65,8 @@ class Transaction:
     gates: list[int] | None
     changes: list[Change] = field(default_factory=list)
     locked: list[str] = field(default_factory=list)
+    guarded: bool = False
+    """As it learned with its first write: what it writes later under the same lock does not look for news."""
     over: bool = False
 
 
@@ -178,10 +180,6 @@ class FakeShard:
         """The transactions that hold a gate."""
         return [flight for flight in self.flights if flight.gates and gate in flight.gates]
 
-    def foreign_writers(self) -> tuple[str, ...]:
-        """Transactions in flight that have written and hold no gate."""
-        return tuple(flight.name for flight in self.flights if flight.gates is None and flight.locked)
-
     async def lock(self, flight: Transaction, key: str) -> None:
         """Lock a row, which a writer holds until its commit is visible."""
         while self._row_locks.get(key, flight) is not flight:
@@ -198,7 +196,9 @@ class FakeShard:
         Raises:
             Guarded: it is refused.
         """
-        if self.guard and self.moving(key):
+        if not flight.locked:
+            flight.guarded = bool(self.guard)
+        if flight.guarded and self.moving(key):
             self.refusals["guard"] += 1
             raise Guarded(f"{key} at {self.id}")
         flight.locked.append(key)
@@ -267,7 +267,7 @@ class FakeShard:
         return True
 
     def unfinished(self) -> list[Transaction]:
-        """Transactions that have written: a new slot waits for their ends."""
+        """Transactions that have written: a new slot waits for their ends, and so does a guard."""
         return [flight for flight in self.flights if flight.locked]
 
     def snapshot(self) -> tuple[int, Rows]:

@@ -15,7 +15,7 @@ from tests.sim.flow import FakeFlow
 from tests.sim.process import Process
 from tests.sim.schedule import STEPS, Faults, Result, Simulation, Strike
 from tests.sim.shard import Closed, Record
-from tests.sim.world import FakeWorld
+from tests.sim.world import FakeSide, FakeWorld
 
 CUTOVER = (
     "status_cutover",
@@ -120,6 +120,27 @@ def test_a_transaction_that_spans_the_switch_is_refused_at_its_second_statement(
     assert seen == ["refused"]
 
 
+@pytest.mark.parametrize("nth", range(1, 7))
+@pytest.mark.parametrize("scenario", ["split", "merge"])
+def test_a_gate_number_is_not_used_again_when_others_are_faster(scenario: str, nth: int) -> None:
+    """The runner sleeps before it opens a gate, while others give the shard new gates, twice."""
+    renewed: list[bool] = []
+
+    class Overtaken(FakeSide):
+        opened = 0
+
+        async def open_gate(self, number: int) -> None:
+            Overtaken.opened += 1
+            if Overtaken.opened == nth:
+                renewed.extend([await self.world.sim.renew(self.shard.id) for _ in range(2)])
+            await super().open_gate(number)
+
+    world = type("World", (FakeWorld,), {"side_type": Overtaken})
+    result = run(scenario, types={"world_type": world}, heal_s=60.0)
+    assert result.status is Status.COMPLETED
+    assert renewed == [True, True]
+
+
 class _LosesASwap(FakeWorld):
     """The swap after `gates_opened` is not answered, and arrives late."""
 
@@ -129,7 +150,7 @@ class _LosesASwap(FakeWorld):
     async def publish(self, after: Topology, *, expected: int) -> bool:
         sim = self.sim
         if sim.steps and sim.steps[-1] == "gates_opened" and sim.steps.count("gates_opened") == self.time:
-            sim.loop.call_later(self.late_s, sim.catalog.swap, after, expected, self.token)
+            sim.loop.call_later(self.late_s, sim.catalog.swap, after, expected, self.lease.token)
             raise Lost("the swap was not answered")
         return await super().publish(after, expected=expected)
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from shardlib.fence.gate import Closing, Holder
 from shardlib.topology import Topology
@@ -16,14 +16,17 @@ from shardlib_ops.reshard.together import first_of
 from shardlib_ops.reshard.world import Blocked, Compared, Failure, Flow, Lost, Mismatch, Superseded
 from tests.sim.flow import FakeFlow
 from tests.sim.process import Killed, Process, ring
-from tests.sim.shard import TABLES, Change, FakeShard, Rows
+from tests.sim.shard import TABLES, Change, FakeShard, Rows, Transaction
 
 if TYPE_CHECKING:
     from tests.sim.schedule import Simulation
 
 __all__ = ["FakeSide", "FakeWorld", "Lease"]
 
+T = TypeVar("T")
+
 _ATTEMPT_S = 0.02
+_ROUND_BITS = 20
 _WISH_S = 0.2
 _LEASE_LOOK_S = 0.5
 
@@ -61,18 +64,19 @@ class FakeSide:
 
     def __init__(self, world: FakeWorld, shard: FakeShard) -> None:
         self.world, self.shard = world, shard
+        self._before_guard: list[Transaction] | None = None
 
     async def _do(self, effect: Callable[[], None]) -> None:
         def checked() -> None:
-            self.shard.claimed(self.world.token)
             effect()
             self.shard.tell()
 
-        await self.world.process.call(checked)
+        await self.world.process.call(_with(self.world.token, self.shard, checked), late=True)
 
     async def claim(self) -> None:
         """See `Side.claim`."""
-        await self.world.process.call(lambda: self.shard.claim(self.world.token))
+        token = self.world.token
+        await self.world.process.call(lambda: self.shard.claim(token), late=True)
 
     async def prepare(self) -> None:
         """See `Side.prepare`."""
@@ -112,10 +116,10 @@ class FakeSide:
 
     async def _close(self, number: int, budget_s: float) -> Closing:
         process, shard, loop = self.world.process, self.shard, self.world.sim.loop
-        began, attempts = loop.time(), 0
+        began, attempts, drop = loop.time(), 0, _with(self.world.token, shard, lambda: shard.drop_gate(number))
         while True:
             attempts += 1
-            if await process.call(lambda: self._drop(number)):
+            if await process.call(drop, late=True):
                 return Closing(True, attempts, loop.time() - began, lsn=str(shard.end))
             if await self._attempt(number):
                 return Closing(True, attempts, loop.time() - began, lsn=str(shard.end))
@@ -126,13 +130,9 @@ class FakeSide:
                 return Closing(False, attempts, loop.time() - began, held)
             await process.sleep(pause_s)
 
-    def _drop(self, number: int) -> bool:
-        self.shard.claimed(self.world.token)
-        return self.shard.drop_gate(number)
-
     async def _attempt(self, number: int) -> bool:
         """Wait for the holders a moment, while newcomers wait behind. The server goes on when the caller dies."""
-        shard = self.shard
+        shard, token = self.shard, self.world.token
         until = self.world.sim.loop.time() + _ATTEMPT_S
         shard.closing[number] = shard.closing.get(number, 0) + 1
 
@@ -140,7 +140,7 @@ class FakeSide:
             shard.closing[number] -= 1
             if not shard.closing[number]:
                 del shard.closing[number]
-            dropped = drop and shard.token == self.world.token and shard.drop_gate(number)
+            dropped = drop and shard.token == token and shard.drop_gate(number)
             shard.tell()
             return dropped
 
@@ -170,6 +170,8 @@ class FakeSide:
     async def guard(self, *, active: bool) -> None:
         """See `Side.guard`."""
 
+        self._before_guard = None
+
         def turn() -> None:
             if active or self.shard.guard is not None:
                 self.shard.guard = active
@@ -178,7 +180,15 @@ class FakeSide:
 
     async def foreign_writers(self) -> tuple[str, ...]:
         """See `Side.foreign_writers`."""
-        return await self.world.process.call(self.shard.foreign_writers)
+        found = await self.world.process.call(self.shard.unfinished)
+        if self._before_guard is None:
+            self._before_guard = found
+        return tuple(flight.name for flight in found if flight in self._before_guard)
+
+    async def old_writers(self, *, older_s: float) -> tuple[str, ...]:
+        """See `Side.old_writers`."""
+        found = await self.world.process.call(self.shard.unfinished)
+        return tuple(flight.name for flight in found if flight.began + older_s <= self.world.sim.loop.time())
 
     async def barrier(self, message: str) -> None:
         """See `Side.barrier`."""
@@ -196,7 +206,8 @@ class FakeWorld:
     flow_type: type[FakeFlow] = FakeFlow
 
     def __init__(self, sim: Simulation, process: Process, lease: Lease) -> None:
-        self.sim, self.process, self.lease, self.token = sim, process, lease, lease.token
+        self.sim, self.process, self.lease = sim, process, lease
+        self.token = lease.token << _ROUND_BITS
         self.now: Callable[[], float] = sim.loop.time
         self.sleep: Callable[[float], Awaitable[None]] = process.sleep
         self.jitter: Callable[[], float] = sim.rng.random
@@ -215,6 +226,11 @@ class FakeWorld:
         if not self.lease.alive():
             raise Superseded("the lease is lost")
 
+    async def anew(self) -> None:
+        """See `World.anew`."""
+        self._held()
+        self.token += 1
+
     async def topology(self) -> Topology:
         """See `World.topology`."""
         catalog = self.sim.catalog
@@ -225,7 +241,7 @@ class FakeWorld:
         self._held()
         catalog = self.sim.catalog
         swapped = await self.process.call(
-            lambda: catalog.swap(after, expected, self.token), late=True, away=catalog.away
+            lambda: catalog.swap(after, expected, self.lease.token), late=True, away=catalog.away
         )
         if not swapped:
             self._held()
@@ -238,7 +254,7 @@ class FakeWorld:
         sent: list[bool] = []
 
         def store() -> int | None:
-            return catalog.save(job, expected, self.token, late=bool(sent))
+            return catalog.save(job, expected, self.lease.token, late=bool(sent))
 
         try:
             revision = await self.process.call(store, late=True, away=catalog.away)
@@ -304,15 +320,15 @@ class FakeWorld:
         usable = await flow.usable()
         if not usable:
             await flow.drop_slot()
-            await self._at(target, lambda: [target.copied.pop((leg.number, table), None) for table in TABLES])
-        await self._at(target, lambda: self._empty_half_copied(leg, target))
+            await self.at(target, lambda: [target.copied.pop((leg.number, table), None) for table in TABLES])
+        await self.at(target, lambda: self._empty_half_copied(leg, target))
         lsn, rows = await self._snapshot(leg, flow, make=not usable)
         if not usable:
-            await self._at(target, lambda: target.position.update({flow.at: lsn}))
+            await self.at(target, lambda: target.position.update({flow.at: lsn}))
         rows = flow.chosen(rows, None)
         keys = tuple(dict.fromkeys(key for table in TABLES for key in rows[table]))
         for shard in (target, source):
-            await self._at(shard, partial(_remember, shard, keys))
+            await self.at(shard, partial(_remember, shard, keys))
         await pause()
         for table in TABLES:
             if (leg.number, table) not in target.copied:
@@ -326,16 +342,13 @@ class FakeWorld:
         size = self.sim.rng.randint(2, 6)
         for at in range(0, len(found), size):
             chunk = [Change(table, key, what) for key, what in found[at : at + size]]
-            await self._at(target, partial(target.write_now, chunk))
+            await self.at(target, partial(target.write_now, chunk))
             await pause()
-        await self._at(target, lambda: target.copied.update({(leg.number, table): lsn}))
+        await self.at(target, lambda: target.copied.update({(leg.number, table): lsn}))
 
-    async def _at(self, shard: FakeShard, effect: Callable[[], object]) -> None:
-        def checked() -> None:
-            shard.claimed(self.token)
-            effect()
-
-        await self.process.call(checked)
+    async def at(self, shard: FakeShard, effect: Callable[[], T]) -> T:
+        """Have a runner's transaction done at a shard; one whose answer is lost may happen later."""
+        return await self.process.call(_with(self.token, shard, effect), late=True)
 
     def _empty_half_copied(self, leg: Leg, target: FakeShard) -> None:
         moves = self.mover(leg)
@@ -354,12 +367,11 @@ class FakeWorld:
         await flow.settled(timeout_s=30.0)
 
         def export() -> tuple[int, Rows]:
-            source.claimed(self.token)
             if make:
                 source.make_slot(flow.slot)
             return source.snapshot()
 
-        return await self.process.call(export)
+        return await self.process.call(_with(self.token, source, export), late=True)
 
     async def compare(self, leg: Leg, flow: Flow, *, since: str | None) -> Compared:
         """See `World.compare`: under a slot's snapshot, with the applier stopped at its point."""
@@ -396,12 +408,12 @@ class FakeWorld:
 
     async def advance_sequences(self, leg: Leg, direction: Direction, *, ahead: int) -> None:
         """See `World.advance_sequences`."""
-        await self._at(self._ends(leg)[1 if direction == "forward" else 0], lambda: None)
+        await self.at(self._ends(leg)[1 if direction == "forward" else 0], lambda: None)
 
     async def start_reverse(self, leg: Leg, lsn: str) -> None:
         """See `World.start_reverse`."""
         source = self._ends(leg)[0]
-        await self._at(source, lambda: source.position.update({(leg.number, "reverse"): int(lsn)}))
+        await self.at(source, lambda: source.position.update({(leg.number, "reverse"): int(lsn)}))
 
     async def purge(self, leg: Leg, shard_id: str, pause: Callable[[], Awaitable[None]]) -> None:
         """See `World.purge`."""
@@ -417,7 +429,7 @@ class FakeWorld:
                 return
             size = self.sim.rng.randint(1, 6)
             batch = [Change(table, key, None) for key in left[:size] for table in TABLES]
-            await self._at(shard, partial(shard.write_now, batch))
+            await self.at(shard, partial(shard.write_now, batch))
             await pause()
 
     @asynccontextmanager
@@ -439,6 +451,16 @@ class FakeWorld:
         while True:
             self._held()
             await self.process.sleep(_LEASE_LOOK_S)
+
+
+def _with(token: int, shard: FakeShard, effect: Callable[[], T]) -> Callable[[], T]:
+    """What a runner sends: it bears the token of when it was sent, whenever it arrives."""
+
+    def checked() -> T:
+        shard.claimed(token)
+        return effect()
+
+    return checked
 
 
 def _keys(shard: FakeShard) -> dict[str, int]:

@@ -3,8 +3,8 @@
 The order is what makes it safe, and each step leans on the one before::
 
     close the gates          nobody comes in any more, and those who were in have committed
-    raise the guard          who never takes a gate (psql, a trigger) is refused from here on
-    wait for foreign writers those of them who wrote before the guard have committed
+    raise the guard          who never takes that gate (psql, a trigger) is refused from here on
+    wait for foreign writers those of them who wrote before the guard have committed, behind other gates also
     barrier, heard           all of that is applied at the side that takes over, and its keys are known at both
     compare                  what changed since the last comparison is equal on both sides
     replayed                 no replica of the old side can be promoted with an open gate
@@ -28,7 +28,7 @@ from shardlib.topology.model import MoveState
 from shardlib.topology.moving import give_back, moves_of, moving_gates, renew_moving, switch
 from shardlib_ops.reshard.control import Direction
 from shardlib_ops.reshard.cutover.decide import Limits
-from shardlib_ops.reshard.gates import change, describe_holders, open_named
+from shardlib_ops.reshard.gates import change, describe_holders, open_named, reserve
 from shardlib_ops.reshard.job import Job, Leg
 from shardlib_ops.reshard.together import together
 from shardlib_ops.reshard.world import Blocked, Flow, World
@@ -36,6 +36,7 @@ from shardlib_ops.reshard.world import Blocked, Flow, World
 __all__ = ["Cutover", "Outcome", "reopen"]
 
 _FOREIGN_PAUSE_S: Final = 0.005
+_OTHERS: Final = "somebody else changed the topology meanwhile"
 
 
 class Outcome(Enum):
@@ -91,6 +92,12 @@ class Cutover:
         topology = await self.world.topology()
         if moves_of(topology, self.job.id) != self._expected(topology):
             raise Blocked("the job's moves are not where this attempt expects them")
+        # Before anything is closed: writers do not wait for it.
+        make = switch if self.direction == "forward" else give_back
+        after = await reserve(self.world, topology, make(topology, self.job.id, nonce=self.nonce()))
+        if after is None:
+            self.waiting_for = _OTHERS
+            return Outcome.GAVE_WAY
         until = self.world.now() + self.limits.budget_s
         try:
             async with asyncio.timeout(self.limits.budget_s * 4):
@@ -105,14 +112,13 @@ class Cutover:
         except BaseException:
             await self._take_back()
             raise
-        after = (switch if self.direction == "forward" else give_back)(topology, self.job.id, nonce=self.nonce())
         await open_named(self.world, topology, after)
         await self.step("gates_opened")
         if self.direction == "reverse":
             # As late as can be: from the swap on the old side's clients write there again.
             await self._guard_sources(active=False)
-        if not await self.world.publish(after, expected=topology.version):
-            self.waiting_for = "somebody else changed the topology meanwhile"
+        if not await self.world.publish(after, expected=after.version - 1):
+            self.waiting_for = _OTHERS
             await self._take_back()
             if self.direction == "reverse":
                 await self._guard_sources(active=True)
@@ -154,7 +160,7 @@ class Cutover:
         for side in sides:
             while writers := await side.foreign_writers():
                 if self.world.now() > until:
-                    raise Blocked("transactions without a gate write to sharded tables: " + "; ".join(writers))
+                    raise Blocked("transactions write to sharded tables past the closed gates: " + "; ".join(writers))
                 await self.world.sleep(_FOREIGN_PAUSE_S)
         message = f"{self.job.id}/{self.direction}/{number}/{self.nonce()}"
         await together(side.barrier(message) for side in sides)

@@ -1,4 +1,4 @@
-"""Who writes to sharded tables without going through a gate: transactions that no closing of a gate waits for."""
+"""Who writes to sharded tables and is not waited for by the closing of a gate: without one, or through another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ForeignWriter", "foreign_writers", "lasting"]
 
 @dataclass(frozen=True, slots=True)
 class ForeignWriter:
-    """A transaction that may have written rows of a sharded table, and holds no gate.
+    """A transaction that may have written rows of a sharded table.
 
     Attributes:
         pid: its backend; None for a prepared one.
@@ -26,6 +26,7 @@ class ForeignWriter:
         age_s: seconds since it began, or was prepared.
         table: one of the tables, `schema.name`.
         transaction: its virtual transaction, which no other of this server has. PREPARE TRANSACTION changes it.
+        gated: whether it holds a gate.
     """
 
     pid: int | None
@@ -36,16 +37,18 @@ class ForeignWriter:
     age_s: float
     table: str
     transaction: str
+    gated: bool = False
 
     def __str__(self) -> str:
+        way = "" if self.gated else " without a gate"
         if self.gid is not None:
             return (
-                f"prepared transaction {self.gid!r} of {self.user}, which writes to table {self.table!r} without a "
-                f"gate, prepared {self.age_s:.1f} s ago"
+                f"prepared transaction {self.gid!r} of {self.user}, which writes to table {self.table!r}{way}, "
+                f"prepared {self.age_s:.1f} s ago"
             )
         return (
             f"process {self.pid} of {self.user} ({self.application or 'no application name'}, {self.state}, for "
-            f"{self.age_s:.1f} s), which writes to table {self.table!r} without a gate"
+            f"{self.age_s:.1f} s), which writes to table {self.table!r}{way}"
         )
 
 
@@ -98,11 +101,16 @@ _WRITERS: Final = r"""
            AND l.mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
            AND l.pid IS DISTINCT FROM pg_backend_pid()
          GROUP BY 1, 2
+    ), gated AS (
+        SELECT DISTINCT g.virtualtransaction, g.pid
+          FROM locks g JOIN pg_class h ON h.oid = g.relation
+         WHERE g.locktype = 'relation' AND h.relnamespace = 'shardlib'::regnamespace AND h.relname ~ '^gate_[0-9]+$'
     )
     SELECT w.pid, p.gid, coalesce(a.usename::text, p.owner::text, ''), coalesce(a.application_name, ''),
            CASE WHEN p.gid IS NULL THEN coalesce(a.state, 'unknown') ELSE 'prepared' END,
            coalesce(extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared)), 0)::float8,
-           n.nspname || '.' || c.relname, w.virtualtransaction
+           n.nspname || '.' || c.relname, w.virtualtransaction,
+           g.virtualtransaction IS NOT NULL
       FROM writers w
       JOIN pg_class c ON c.oid = w.relation
       JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -110,11 +118,8 @@ _WRITERS: Final = r"""
       LEFT JOIN locks x ON w.pid IS NULL AND x.pid IS NULL AND x.locktype = 'transactionid'
             AND x.virtualtransaction = w.virtualtransaction
       LEFT JOIN pg_prepared_xacts p ON p.transaction = x.transactionid
-     WHERE (%(gated)s OR NOT EXISTS (
-               SELECT FROM locks g JOIN pg_class h ON h.oid = g.relation
-                WHERE g.locktype = 'relation' AND g.virtualtransaction = w.virtualtransaction
-                  AND g.pid IS NOT DISTINCT FROM w.pid
-                  AND h.relnamespace = 'shardlib'::regnamespace AND h.relname ~ '^gate_[0-9]+$'))
+      LEFT JOIN gated g ON g.virtualtransaction = w.virtualtransaction AND g.pid IS NOT DISTINCT FROM w.pid
+     WHERE (%(gated)s OR g.virtualtransaction IS NULL)
        AND coalesce(a.backend_type, '') <> 'autovacuum worker'
        AND NOT coalesce(a.application_name ~ '^shardlib job [0-9]+ [0-9]+ ' AND a.usename = current_user, false)
      ORDER BY 6 DESC, 1
