@@ -314,7 +314,10 @@ def test_a_flush_inside_a_savepoint(engine: ShardedEngine, pair: tuple[str, str]
     assert names(engine, "s1", key) == [(2,)]
 
 
-AHEAD_FILES = ("session/ahead.py", "session/core.py", "session/unit.py", "session/session.py", "fence/connection.py")
+AHEAD_FILES = (
+    *(f"session/{name}.py" for name in ("ahead", "core", "unit", "session", "held")),
+    *(f"fence/{name}.py" for name in ("connection", "talking", "gated", "ending")),
+)
 
 
 def interrupted(work: Callable[[], object], at: int) -> bool:

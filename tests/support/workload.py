@@ -267,9 +267,9 @@ async def run_async(settings: Settings, recorder: Recorder, work: type[Worker] =
 def plant(name: str | None) -> None:
     """Break the library on purpose."""
     if name == "no gate":
-        from shardlib.fence import connection
+        from shardlib.fence import gated
 
-        connection.lock_sql = lambda gates: b"SELECT 1"
+        gated.lock_sql = lambda gates: b"SELECT 1"
     elif name is not None:
         raise ValueError(name)
 
