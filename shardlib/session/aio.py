@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from shardlib.session.core import core_of
 from shardlib.session.session import ShardedSession
 
 if TYPE_CHECKING:
@@ -21,5 +22,6 @@ class AsyncShardedSession(AsyncSession):
     sync_session: ShardedSession
 
     def __init__(self, bind: Any = None, *, engine: AsyncShardedEngine | None = None, **kw: Any) -> None:
-        inner = None if engine is None else engine.sync_engine
-        super().__init__(bind, sync_session_class=ShardedSession, engine=inner, **kw)
+        inner = getattr(engine, "sync_engine", None)
+        core_of(inner, bind, kw.pop("binds", None), given=engine)
+        super().__init__(None, sync_session_class=ShardedSession, engine=inner, **kw)

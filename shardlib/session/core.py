@@ -17,7 +17,14 @@ from sqlalchemy import event
 from sqlalchemy.engine import ExceptionContext
 
 from shardlib.catalog import TopologyCache
-from shardlib.errors import CatalogUnavailable, InvalidTopology, ShardUnavailable, StaleTopology, UnsupportedOperation
+from shardlib.errors import (
+    CatalogUnavailable,
+    InvalidArgument,
+    InvalidTopology,
+    ShardUnavailable,
+    StaleTopology,
+    UnsupportedOperation,
+)
 from shardlib.fence.connection import drive, start
 from shardlib.fence.verdict import GateClosed, lost_connection
 from shardlib.key.declare import KeySpec, describe
@@ -27,7 +34,10 @@ from shardlib.token import hash_of
 from shardlib.topology import Shard, Status, Topology
 from shardlib.waits import Waiter, Waits
 
-__all__ = ["DEAD_MAX", "Ahead", "Core", "Needed", "as_sqlalchemy", "begun_by_status", "check_active", "is_read_only"]
+__all__ = [
+    "DEAD_MAX", "Ahead", "Core", "Needed", "as_sqlalchemy", "begun_by_status", "check_active", "core_of",
+    "is_read_only",
+]  # fmt: skip
 
 Needed = dict[str, tuple[int, ...]]
 """Shard id -> numbers of the gates a transaction must hold there."""
@@ -105,6 +115,7 @@ class Core:
                     error.catalog,
                     f"{error.reason}; table {table.fullname!r} is not in the topology in memory, and only the catalog "
                     "can tell whether the cluster knows it by now",
+                    error.final,
                 ) from error
         if recorded is None:
             raise InvalidTopology(
@@ -312,3 +323,25 @@ def as_sqlalchemy(conn: ShardConnection) -> Iterator[None]:
     except psycopg.Error as error:
         blame(error, conn.shard_id)
         conn._handle_dbapi_exception(error, None, None, None, None)  # noqa: SLF001 - there is no public way
+
+
+def core_of(engine: object, bind: object, binds: object, *, given: object = None) -> Core:
+    """The inside of the engine that a session is made for.
+
+    Args:
+        engine: of the session.
+        bind: SQLAlchemy's argument, which a sharded session has no use for.
+        binds: the same.
+        given: what the caller gave as engine, if that is not `engine` itself.
+
+    Raises:
+        InvalidArgument: it is none of ours, or a plain engine is given beside it.
+    """
+    way_out = "a sharded session takes its connections from a ShardedEngine or AsyncShardedEngine: use engine.session()"
+    for name, value in (("bind", bind), ("binds", binds)):
+        if value:
+            raise InvalidArgument(name, value, way_out)
+    core = getattr(engine, "_core", None)
+    if not isinstance(core, Core):
+        raise InvalidArgument("engine", engine if given is None else given, way_out)
+    return core

@@ -18,6 +18,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    create_engine,
     delete,
     func,
     insert,
@@ -25,9 +26,10 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
-from shardlib import AsyncShardedEngine, ShardedEngine, ShardedSession, errors
+from shardlib import AsyncShardedEngine, AsyncShardedSession, ShardedEngine, ShardedSession, errors
 from shardlib.catalog import open_catalog
 from shardlib.dsn import Dsn
 from shardlib.engine.options import CALLS, EngineOptions
@@ -190,10 +192,36 @@ def test_p10_sessions(facade: Any) -> None:
         facade.engine.connect()
     with pytest.raises(errors.InvalidArgument, match="consistency"):
         facade.engine.session("t", consistency="weak")
-    with pytest.raises(errors.InvalidArgument, match="ShardedEngine"):
-        ShardedSession()
+    with pytest.raises(errors.InvalidArgument, match="twophase='no'"):
+        facade.engine.session("t", twophase="no")
     with pytest.raises(errors.InvalidArgument, match="'odd'"):
         facade.session(lambda s: s.scalars(select(Customer).execution_options(consistency="odd")).all())
+
+
+def test_p10_sessions_of_another_engine(facade: Any) -> None:
+    plain = create_engine("postgresql+psycopg://app:s3cret-canary@127.0.0.1/shop")
+    mine, other = ShardedSession, AsyncShardedSession
+    if isinstance(facade.engine, AsyncShardedEngine):
+        mine, other = other, mine  # type: ignore[assignment, misc]
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        (mine, {}, "engine"),
+        (mine, {"engine": plain}, "engine"),
+        (mine, {"engine": create_async_engine(plain.url)}, "engine"),
+        (mine, {"engine": facade.engine.topology}, "engine"),
+        (mine, {"engine": "memory://shop"}, "engine"),
+        (mine, {"engine": facade.engine, "bind": plain}, "bind"),
+        (mine, {"engine": facade.engine, "binds": {Base: plain}}, "binds"),
+        (other, {"engine": facade.engine}, "engine"),
+    ]
+    for kind, options, name in wrong:
+        with pytest.raises(errors.InvalidArgument, match=r"use engine\.session\(\)") as caught:
+            kind(**options)
+        assert caught.value.name == name
+        assert caught.value.value is options.get(name)
+        assert "s3cret-canary" not in str(caught.value)
+    maker = sessionmaker(class_=ShardedSession, engine=plain)  # type: ignore[call-overload]
+    with pytest.raises(errors.InvalidArgument, match="engine="):
+        maker()
 
 
 REFUSED = [
