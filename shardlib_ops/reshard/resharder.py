@@ -12,12 +12,14 @@ from types import TracebackType
 from typing import Final, Self
 
 from shardlib.catalog import Catalog, Lease, open_catalog
-from shardlib.errors import CatalogUnavailable
+from shardlib.errors import CatalogUnavailable, InvalidArgument
 from shardlib_ops.reshard.cutover import Limits
 from shardlib_ops.reshard.job import Job
+from shardlib_ops.reshard.progress import JobProgress, Observer, metrics_text, reported
 from shardlib_ops.reshard.runner import JobRunner
 from shardlib_ops.reshard.servers import Servers
 from shardlib_ops.reshard.store import JobStore
+from shardlib_ops.reshard.stream import MAX_SLOT_WAL
 from shardlib_ops.reshard.world import Superseded
 
 __all__ = ["Resharder"]
@@ -26,6 +28,7 @@ _log = logging.getLogger("shardlib.reshard")
 _LEASE_WAIT_S: Final = 1.0
 _LOOK_S: Final = 1.0
 _BACK_OFF_S: Final = (0.2, 0.5, 1.0, 3.0)
+_TOLD_MAX: Final = 100
 
 
 async def _unheard(step: str) -> None:
@@ -40,8 +43,12 @@ class Resharder:
         limits: of the cutover: how long the moving ranges may be closed, and when to try.
         workers: connections that copy rows side by side, for each leg.
         purge_rows_per_s: rows that the cleanup deletes in a second, at most.
+        max_slot_wal: bytes of WAL that a server may keep for a slot of a job. A job whose slot keeps more is undone
+            before the switch, and gives up its way back after it, rather than fill the disk. None: any number.
         lease_ttl_s: seconds after which a runner that does not answer is replaced, 2 to 120.
         on_step: awaited with the name of each step of a job when it is done.
+        on_progress: called about once a second, for each job that runs, with how far it is; must be quick.
+        trend_s: seconds for which the writers have to outrun a stream before that is told and logged.
     """
 
     def __init__(
@@ -51,13 +58,22 @@ class Resharder:
         limits: Limits | None = None,
         workers: int = 2,
         purge_rows_per_s: int = 20_000,
+        max_slot_wal: int | None = MAX_SLOT_WAL,
         lease_ttl_s: float = 10.0,
         on_step: Callable[[str], Awaitable[None]] | None = None,
+        on_progress: Callable[[JobProgress], None] | None = None,
+        trend_s: float = 60.0,
     ) -> None:
+        if max_slot_wal is not None and max_slot_wal < 1:
+            raise InvalidArgument("max_slot_wal", max_slot_wal, "bytes, at least 1, or None for any number")
         self._catalog: Catalog = open_catalog(url)
         self._limits = limits or Limits()
         self._workers, self._purge_rows_per_s, self._lease_ttl_s = workers, purge_rows_per_s, lease_ttl_s
+        self._max_slot_wal = max_slot_wal
         self._step = on_step or _unheard
+        self._on_progress = on_progress
+        self._trend_s = trend_s
+        self._progress: dict[int, JobProgress] = {}
         self._holder = f"{socket.gethostname()}/{getpid()}"
 
     async def __aenter__(self) -> Self:
@@ -71,6 +87,21 @@ class Resharder:
     async def close(self) -> None:
         """Give leases up and close the catalog; idempotent."""
         await asyncio.to_thread(self._catalog.close)
+
+    def metrics(self) -> str:
+        """How far the jobs are that this resharder runs, or ran last, in Prometheus' text format.
+
+        What is not known is left out. It waits for nothing, and may be called from any thread.
+        """
+        return metrics_text(list(self._progress.values()))
+
+    def _tell(self, progress: JobProgress) -> None:
+        self._progress.pop(progress.job, None)
+        self._progress[progress.job] = progress
+        if len(self._progress) > _TOLD_MAX:
+            del self._progress[next(iter(self._progress))]
+        if self._on_progress is not None:
+            self._on_progress(progress)
 
     async def run(self, job_id: int, *, complete: bool = False) -> Job:
         """Run a job until it rests: it is over, or waits in `validation` for `complete` or `rollback`.
@@ -144,10 +175,17 @@ class Resharder:
             store=store,
             workers=self._workers,
             purge_rows_per_s=self._purge_rows_per_s,
+            max_slot_wal=self._max_slot_wal,
+            trend_s=self._trend_s,
         )
+        beside = JobStore(self._catalog)  # of its own: it is written from another thread than the record
+        observer = Observer(job, lambda: world.latest, world.progress)
         try:
             runner = JobRunner(world, job, limits=self._limits, complete=complete, stay=stay, step=self._told(job_id))
-            return await runner.go()
+            async with reported(
+                world.progress, observer, lambda one: beside.save_progress(one, lease), on_progress=self._tell
+            ):
+                return await runner.go()
         finally:
             await world.close()
 
