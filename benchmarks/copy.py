@@ -20,8 +20,9 @@ from shardlib.topology import Shard, Table
 from shardlib_ops import LocalCluster
 from shardlib_ops.reshard import control
 from shardlib_ops.reshard.connect import Runner
-from shardlib_ops.reshard.copy import collect_keys, copy_tables, export_snapshot, find_psql
+from shardlib_ops.reshard.copy import collect_keys, copy_tables, export_snapshot
 from shardlib_ops.reshard.link import Link
+from shardlib_ops.reshard.reader import find_psql
 from shardlib_ops.reshard.rows import read_shapes
 
 __all__ = ["run"]

@@ -81,10 +81,14 @@ class TableShape:
         names = [column.name for column in self.stored]
         return tuple(names.index(part) for part in self.table.key)
 
+    def key_texts(self, alias: str = "t") -> list[sql.SQL]:
+        """SQL of the canonical texts of the parts of a row's key. `alias` is the table's name in the statement."""
+        bases = {column.name: column.base for column in self.columns}
+        return [sql.SQL(key_text(sql.Identifier(alias, part).as_string(), bases[part])) for part in self.table.key]
+
     def key_parts(self, alias: str = "t") -> tuple[sql.Composed, sql.Composed]:
         """SQL of the key of a row: (`k`, `more`) of a key table. `alias` is the table's name in the statement."""
-        bases = {column.name: column.base for column in self.columns}
-        texts = [sql.SQL(key_text(sql.Identifier(alias, part).as_string(), bases[part])) for part in self.table.key]
+        texts = self.key_texts(alias)
         rest = sql.SQL("ARRAY[{}]::text[]").format(sql.SQL(", ").join(texts[1:]))
         return sql.Composed([texts[0]]), rest
 

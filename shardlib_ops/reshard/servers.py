@@ -42,7 +42,7 @@ from shardlib_ops.reshard.stream import (
     watch_slot,
 )
 from shardlib_ops.reshard.together import first_of, together
-from shardlib_ops.reshard.validate import compare_changed, compare_closed, compare_whole
+from shardlib_ops.reshard.validate import Tables, compare_changed, compare_closed, compare_whole
 from shardlib_ops.reshard.world import Blocked, Compared, Failure, Flow, Lost, Superseded
 
 __all__ = ["Servers"]
@@ -87,6 +87,7 @@ class Servers:
     ) -> None:
         self._catalog, self._lease, self._job_id = catalog, lease, job.id
         self._store = store
+        self._legs = job.legs
         self._topology = topology
         self._workers, self._purge_rows_per_s = workers, purge_rows_per_s
         self.runner = Runner.of_lease(job.id, lease.token)
@@ -277,15 +278,22 @@ class Servers:
         """See `World.compare`."""
         self.progress.begins("compare")
         stream = self.flow(leg, "forward").stream
-        origin, sink = await self._sides[leg.source].shapes(), await self._sides[leg.target].shapes()
-        link, export = self.link(leg), self._export(leg)
+        link, export, tables = self.link(leg), self._export(leg), await self._tables(leg)
         if since is None:
-            found = await compare_whole(link, stream, origin, sink, export=export)
+            found = await compare_whole(link, stream, tables, export=export)
         else:
-            found = await compare_changed(link, stream, origin, sink, since=since, export=export)
+            found = await compare_changed(link, stream, tables, since=since, export=export)
         await self._comparing(leg)  # ready for the closed window
         self.progress.begins("stream")
         return Compared(found.lsn, found.keys)
+
+    async def _tables(self, leg: Leg) -> Tables:
+        return Tables(
+            await self._sides[leg.source].shapes(),
+            await self._sides[leg.target].shapes(),
+            shared_origin=sum(other.source == leg.source for other in self._legs) > 1,
+            shared_sink=sum(other.target == leg.target for other in self._legs) > 1,
+        )
 
     async def _comparing(self, leg: Leg) -> tuple[AsyncConnection[Any], AsyncConnection[Any]]:
         """Connections of a leg for the comparison while its ranges are closed: opened before, kept for the next."""
@@ -305,9 +313,9 @@ class Servers:
     @translated
     async def compare_closed(self, leg: Leg, *, since: str) -> int:
         """See `World.compare_closed`."""
-        origin, sink = await self._sides[leg.source].shapes(), await self._sides[leg.target].shapes()
         here, there = await self._comparing(leg)
-        return await compare_closed(self.link(leg), origin, sink, since=since, origin_conn=here, sink_conn=there)
+        tables = await self._tables(leg)
+        return await compare_closed(self.link(leg), tables, since=since, origin_conn=here, sink_conn=there)
 
     @translated
     async def advance_sequences(self, leg: Leg, direction: Direction, *, ahead: int) -> None:

@@ -28,10 +28,10 @@ from shardlib_ops.reshard.copy import (
     copy_tables,
     empty_half_copied,
     export_snapshot,
-    find_psql,
     leg_keys,
 )
 from shardlib_ops.reshard.link import Link
+from shardlib_ops.reshard.reader import find_psql
 from shardlib_ops.reshard.rows import TableShape, read_shapes
 from shardlib_ops.reshard.world import Blocked
 

@@ -12,8 +12,9 @@ from shardlib.key.composite import join_parts
 from shardlib.ring import TokenRange
 from shardlib.ring.ranges import merge_ranges, ranges_contain
 from shardlib.token import hash_of
-from shardlib_ops.reshard.copy.chunks import Chunk, binary_alike, bucket_table, chunks_of, points_of, whole_lines
+from shardlib_ops.reshard.copy.chunks import Chunk, chunks_of
 from shardlib_ops.reshard.copy.sieve import BinarySieve, Pass, Sieve, TextSieve
+from shardlib_ops.reshard.lines import binary_alike, bucket_table, points_of, whole_lines
 from shardlib_ops.reshard.rows import Column
 
 STEP = 1 << 60

@@ -3,7 +3,6 @@
 from shardlib_ops.reshard.copy.chunks import Chunk, chunks_of
 from shardlib_ops.reshard.copy.empty import empty_half_copied
 from shardlib_ops.reshard.copy.keys import Key, collect_keys, leg_keys
-from shardlib_ops.reshard.copy.reader import find_psql
 from shardlib_ops.reshard.copy.snapshot import ExportedSnapshot, export_snapshot
 from shardlib_ops.reshard.copy.transfer import CHUNK_BYTES, Copied, copy_tables
 
@@ -18,6 +17,5 @@ __all__ = [
     "copy_tables",
     "empty_half_copied",
     "export_snapshot",
-    "find_psql",
     "leg_keys",
 ]

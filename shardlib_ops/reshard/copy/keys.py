@@ -10,25 +10,22 @@ from typing import Any, Final
 from psycopg import AsyncConnection, sql
 from psycopg import errors as pg
 
-from shardlib.key.sql import key_text
 from shardlib_ops.reshard.connect import Runner
 from shardlib_ops.reshard.control import claimed, keys_table
-from shardlib_ops.reshard.copy.chunks import line_filter, whole_lines
-from shardlib_ops.reshard.copy.reader import Reader, find_psql, open_reader
 from shardlib_ops.reshard.copy.snapshot import ExportedSnapshot
+from shardlib_ops.reshard.lines import line_filter, whole_lines
 from shardlib_ops.reshard.link import Link
+from shardlib_ops.reshard.reader import LOCK_MS, Reader, find_psql, open_reader, take_snapshot
 from shardlib_ops.reshard.room import no_room
 from shardlib_ops.reshard.rows import TableShape
 from shardlib_ops.reshard.world import Blocked
 
-__all__ = ["Key", "blocks_of", "collect_keys", "key_texts", "leg_keys", "locks_awaited", "share", "take_snapshot"]
+__all__ = ["Key", "blocks_of", "collect_keys", "leg_keys", "locks_awaited", "share"]
 
 Key = tuple[str, tuple[str, ...]]
 """Text of the first part of a shard key, and those of the others."""
 
-_WORK_MEM: Final = "128MB"
 _FETCH: Final = 20_000
-LOCK_MS: Final = 30_000
 _SHARED: Final = 2
 _TELL_EVERY: Final = 100_000
 _NEW: Final = "shardlib_new_keys"
@@ -92,7 +89,7 @@ async def _collect(
     async with AsyncExitStack() as stack:
         reader = await open_reader(link, "keys", psql=psql)
         stack.push_async_callback(reader.close)
-        await take_snapshot(reader, snapshot)
+        await take_snapshot(reader, snapshot.name)
         writes: list[Callable[[bytes], Awaitable[None]]] = []
         for opened, shard in ((link.open_origin, link.origin), (link.open_sink, link.sink)):
             conn = await opened("keys")
@@ -125,7 +122,7 @@ def _distinct(shapes: Sequence[TableShape], parts: int) -> sql.Composed:
         sql.SQL("SELECT {} FROM {} AS t WHERE {}").format(
             sql.SQL(", ").join(
                 sql.SQL('{} COLLATE "C" AS {}').format(text, name)
-                for text, name in zip(key_texts(shape), names, strict=True)
+                for text, name in zip(shape.key_texts(), names, strict=True)
             ),
             shape.name,
             sql.SQL(" AND ").join(sql.SQL("{} IS NOT NULL").format(sql.Identifier("t", at)) for at in shape.table.key),
@@ -139,12 +136,6 @@ def _distinct(shapes: Sequence[TableShape], parts: int) -> sql.Composed:
     return sql.SQL("COPY (SELECT {} FROM (SELECT DISTINCT * FROM ({}) AS a) AS d ORDER BY {}) TO STDOUT").format(
         columns, each, sql.SQL(", ").join(names)
     )
-
-
-def key_texts(shape: TableShape) -> list[sql.Composable]:
-    """SQL of the canonical texts of a row's key parts; the table is `t`."""
-    bases = {column.name: column.base for column in shape.columns}
-    return [sql.SQL(key_text(sql.Identifier("t", part).as_string(), bases[part])) for part in shape.table.key]
 
 
 @asynccontextmanager
@@ -183,17 +174,6 @@ async def _adding(
             await conn.execute(
                 sql.SQL("INSERT INTO {} (k, more) SELECT k, more FROM {} ON CONFLICT DO NOTHING").format(name, into)
             )
-
-
-async def take_snapshot(reader: Reader, snapshot: ExportedSnapshot) -> None:
-    """Begin the one transaction of a reading session: it reads the snapshot, and writes nothing.
-
-    Without a transaction number of its own it is in the way of no slot that others make.
-    """
-    await reader.run(sql.SQL("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"))
-    await reader.run(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(snapshot.name))
-    await reader.run(sql.SQL("SET LOCAL work_mem = {}").format(_WORK_MEM))
-    await reader.run(sql.SQL("SET LOCAL lock_timeout = {}").format(LOCK_MS))
 
 
 async def blocks_of(link: Link, reader: Reader, copy: sql.Composable) -> AsyncGenerator[bytes, None]:

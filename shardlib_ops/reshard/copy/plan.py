@@ -10,9 +10,9 @@ from typing import Any, Final
 from psycopg import AsyncConnection, sql
 
 from shardlib.errors import InvalidTopology
-from shardlib_ops.reshard.copy.chunks import binary_alike
-from shardlib_ops.reshard.copy.keys import Key, key_texts
+from shardlib_ops.reshard.copy.keys import Key
 from shardlib_ops.reshard.copy.sieve import BinarySieve, Pass, Sieve, TextSieve
+from shardlib_ops.reshard.lines import binary_alike
 from shardlib_ops.reshard.link import Link
 from shardlib_ops.reshard.rows import TableShape
 
@@ -128,7 +128,7 @@ class Way:
             where += sql.SQL(' AND ({}) COLLATE "C" = ANY ({}::text[])').format(_listed(self.shape), keys)
         elif self.binary:
             if self.separate_key:
-                texts = (sql.SQL("convert_to({}, 'UTF8')").format(text) for text in key_texts(self.shape))
+                texts = (sql.SQL("convert_to({}, 'UTF8')").format(text) for text in self.shape.key_texts())
                 names.insert(0, sql.SQL(r" || '\x00'::bytea || ").join(texts))
             names.insert(0, sql.SQL("{}::bytea").format(rf"\x{self.mark.hex()}"))
         return sql.SQL("COPY (SELECT {} FROM ONLY {} AS t WHERE {}) TO STDOUT{}").format(
@@ -161,7 +161,7 @@ def way_of(origin: TableShape, sink: TableShape, *, listed: bool, same_version: 
 
 def _listed(shape: TableShape) -> sql.Composed:
     """SQL of a row's key as it stands in a list of keys."""
-    texts = key_texts(shape)
+    texts = shape.key_texts()
     if len(texts) == 1:
         return sql.Composed(texts)
     return sql.SQL(" || ").join(sql.SQL("length({0}) || ':' || {0}").format(text) for text in texts)

@@ -10,7 +10,7 @@ from mmh3 import mmh3_x64_128_utupledigest
 
 from shardlib.ring import TokenRange
 from shardlib.token import hash_of
-from shardlib_ops.reshard.copy.chunks import BUCKET_BITS, MOVES, bucket_table, line_filter, points_of, whole_lines
+from shardlib_ops.reshard.lines import BUCKET_BITS, MOVES, bucket_table, line_filter, points_of, whole_lines
 
 __all__ = ["BinarySieve", "Pass", "Sieve", "TextSieve"]
 

@@ -15,12 +15,12 @@ from psycopg import AsyncConnection, sql
 
 from shardlib.errors import InvalidArgument
 from shardlib_ops.reshard.copy.chunks import Chunk, chunks_of
-from shardlib_ops.reshard.copy.keys import LOCK_MS, Key, blocks_of, leg_keys, locks_awaited, share, take_snapshot
+from shardlib_ops.reshard.copy.keys import Key, blocks_of, leg_keys, locks_awaited, share
 from shardlib_ops.reshard.copy.plan import KEYS_MAX, Part, Way, copied_tables, key_list, measure, way_of
-from shardlib_ops.reshard.copy.reader import Reader, find_psql, open_reader
 from shardlib_ops.reshard.copy.snapshot import ExportedSnapshot
 from shardlib_ops.reshard.copy.writer import forget_places, write_down, writing_rows
 from shardlib_ops.reshard.link import Link
+from shardlib_ops.reshard.reader import LOCK_MS, Reader, find_psql, open_reader, take_snapshot
 from shardlib_ops.reshard.rows import TableShape
 from shardlib_ops.reshard.together import together
 
@@ -201,7 +201,7 @@ class _Job:
             await sink.execute("SET client_encoding = 'UTF8'")
             reader = await open_reader(self.link, "copy", psql=psql)
             stack.push_async_callback(reader.close)
-            await take_snapshot(reader, self.snapshot)
+            await take_snapshot(reader, self.snapshot.name)
             # At once: later it could stand in a queue behind somebody who waits for the lock of the plan above.
             await reader.run(self.lock)
             # A chunk is read by its place: a parallel plan would read the whole table for each.

@@ -4,32 +4,46 @@ While they run, "both sides at one LSN" is unsound: a transaction is in the WAL 
 read under a snapshot that a replication slot exported, whose point in the stream is exact, and the target under a
 snapshot that is taken while its applier stands still at that very point. Both snapshots then are compared at leisure.
 
-What is moved is found on the source by hashing its keys again, not by a list that the copy has made: a key that the
-copy missed is found.
+The job's key tables say whose rows are compared, so that no list of keys has to leave a server. That the source's own
+one is complete is not taken for granted: keys that it does not hold are hashed again, and those that move are compared
+as well. So a key that the copy missed is found.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from psycopg import AsyncConnection, sql
 
+from shardlib.key.composite import copy_key
 from shardlib_ops.reshard.control import keys_table
+from shardlib_ops.reshard.lines import line_filter, whole_lines
 from shardlib_ops.reshard.link import Link
+from shardlib_ops.reshard.reader import Reader, find_psql, open_reader, take_snapshot
 from shardlib_ops.reshard.rows import TableShape
 from shardlib_ops.reshard.together import together
-from shardlib_ops.reshard.validate.digest import KeyList, digests, key_digests, load_keys
+from shardlib_ops.reshard.validate.digest import (
+    Compared,
+    Key,
+    KeyList,
+    Keys,
+    digests,
+    key_digests,
+    listed,
+    load_keys,
+    row_hash,
+)
 from shardlib_ops.reshard.world import Mismatch
 
-__all__ = ["Equal", "compare_changed", "compare_closed", "compare_whole"]
+__all__ = ["Equal", "Tables", "compare_changed", "compare_closed", "compare_whole"]
 
 _HOLD_S: Final = 60.0
 _SHOWN: Final = 5
 _LISTED_MAX: Final = 5_000
-_FETCH: Final = 20_000
+_WORK_MEM: Final = "128MB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,49 +87,65 @@ class Held(Protocol):
 Export = Callable[[], AbstractAsyncContextManager[Snapshot]]
 
 
-async def compare_whole(
-    link: Link, stream: Held, origin: Sequence[TableShape], sink: Sequence[TableShape], *, export: Export
-) -> Equal:
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """The cluster's tables as they are on each side of a leg.
+
+    Attributes:
+        origin: at the source.
+        sink: at the target, in the same order.
+        shared_origin: whether other legs leave the source too, so that its key table holds their keys as well.
+        shared_sink: whether others arrive at the target.
+    """
+
+    origin: Sequence[TableShape]
+    sink: Sequence[TableShape]
+    shared_origin: bool = False
+    shared_sink: bool = False
+
+
+async def compare_whole(link: Link, stream: Held, tables: Tables, *, export: Export) -> Equal:
     """Compare all rows of the leg's ranges.
 
     Args:
         link: the leg, forward.
         stream: its running stream.
-        origin: the tables at the source.
-        sink: the tables at the target.
+        tables: what is compared.
         export: opens a snapshot at the source.
 
     Raises:
         Mismatch: a row is missing, too much, or different; some keys are named.
     """
     async with _both(link, stream, export) as (lsn, here, there, reader):
-        keys = _moved(link, origin, reader)
-        listed = [key async for key in keys]
-        return await _compare(here, there, origin, sink, listed, lsn, known=await _keys_at(link, there, None))
+
+        async def at_source() -> Keys:
+            others = await _unlisted(link, tables.origin, reader)
+            if tables.shared_origin:
+                return await load_keys(here, [*await _keys_at(link, here, None), *others])
+            return await _joined(here, _all_keys(link), others)
+
+        async def at_target() -> Keys:
+            if tables.shared_sink:
+                return await load_keys(there, await _keys_at(link, there, None))
+            return _all_keys(link)
+
+        return await _compare(here, there, tables, at_source, at_target, lsn)
 
 
-async def compare_changed(
-    link: Link,
-    stream: Held,
-    origin: Sequence[TableShape],
-    sink: Sequence[TableShape],
-    *,
-    since: str,
-    export: Export,
-) -> Equal:
+async def compare_changed(link: Link, stream: Held, tables: Tables, *, since: str, export: Export) -> Equal:
     """Compare the rows of keys that changed after `since`, an LSN of the source.
 
     Raises:
         Mismatch: as `compare_whole`.
     """
-    async with _both(link, stream, export) as (lsn, here, there, _):
-        return await _compare(here, there, origin, sink, await _keys_at(link, there, since), lsn)
+    async with _both(link, stream, export, keys=False) as (lsn, here, there, _):
+        keys = await _keys_at(link, there, since)
+        return await _compare(here, there, tables, _given(here, keys), _given(there, keys), lsn)
 
 
 async def compare_closed(
     link: Link,
-    origin: Sequence[TableShape],
-    sink: Sequence[TableShape],
+    tables: Tables,
     *,
     since: str,
     origin_conn: AsyncConnection[Any],
@@ -128,38 +158,38 @@ async def compare_closed(
     """
     async with origin_conn.transaction(), sink_conn.transaction():
         keys = await _keys_at(link, sink_conn, since)
-        # Writers wait: a few keys go along with the query, without a table of their own.
-        equal = not keys
-        if keys and len(keys) <= _LISTED_MAX:
-            here, there = await together([digests(origin_conn, origin, keys), digests(sink_conn, sink, keys)])
-            equal = here == there
-        if not equal:
-            await _compare(origin_conn, sink_conn, origin, sink, keys, since)
+        if keys:
+            here, there = _given(origin_conn, keys), _given(sink_conn, keys)
+            await _compare(origin_conn, sink_conn, tables, here, there, since)
         return len(keys)
 
 
 @asynccontextmanager
 async def _both(
-    link: Link, stream: Held, export: Export
-) -> AsyncIterator[tuple[str, AsyncConnection[Any], AsyncConnection[Any], AsyncConnection[Any]]]:
-    """(LSN, source, target, source again), each in a transaction that reads the state at that LSN."""
+    link: Link, stream: Held, export: Export, *, keys: bool = True
+) -> AsyncIterator[tuple[str, AsyncConnection[Any], AsyncConnection[Any], Reader | None]]:
+    """(LSN, source, target, reader of the source's keys), each in a transaction that reads the state at that LSN."""
     async with AsyncExitStack() as stack:
         here = await stack.enter_async_context(await link.open_origin("compare"))
         there = await stack.enter_async_context(await link.open_sink("compare"))
-        reader = await stack.enter_async_context(await link.open_origin("compare keys"))
+        reader = None
+        if keys:
+            reader = await open_reader(link, "compare keys", psql=find_psql())
+            stack.push_async_callback(reader.close)
         # Still before the snapshot is made: the applier must not be past its point.
         async with stream.standstill(timeout_s=_HOLD_S) as still, export() as snapshot:
             await still.at(_lsn(snapshot.lsn), timeout_s=_HOLD_S)
             await there.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
             await there.execute("SELECT 1")  # takes the snapshot
-            for conn in (here, reader):
-                await conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
-                await conn.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(snapshot.name))
+            await here.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+            await here.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(snapshot.name))
+            if reader is not None:
+                await take_snapshot(reader, snapshot.name)
             lsn = snapshot.lsn
         for conn in (here, there):
-            await conn.execute("SET LOCAL work_mem = '64MB'")
+            await conn.execute(f"SET LOCAL work_mem = '{_WORK_MEM}'".encode())
         yield lsn, here, there, reader
-        for conn in (here, there, reader):
+        for conn in (here, there):
             await conn.execute("ROLLBACK")
 
 
@@ -168,26 +198,56 @@ def _lsn(text: str) -> int:
     return int(high, 16) << 32 | int(low, 16)
 
 
-async def _moved(
-    link: Link, shapes: Sequence[TableShape], conn: AsyncConnection[Any]
-) -> AsyncIterator[tuple[str, tuple[str, ...]]]:
-    """The distinct keys of the leg's ranges at the source, hashed anew."""
-    seen: set[tuple[str, tuple[str, ...]]] = set()
-    moves = link.moves
+def _all_keys(link: Link) -> Keys:
+    return Keys(keys_table(link.runner.job))
+
+
+def _given(conn: AsyncConnection[Any], keys: KeyList) -> Callable[[], Awaitable[Keys]]:
+    async def given() -> Keys:
+        return listed(keys) if len(keys) <= _LISTED_MAX else await load_keys(conn, keys)
+
+    return given
+
+
+async def _joined(conn: AsyncConnection[Any], known: Keys, others: KeyList) -> Keys:
+    """Some keys, and others that are not among them."""
+    if not others:
+        return known
+    more = listed(others) if len(others) <= _LISTED_MAX else await load_keys(conn, others)
+    both = sql.SQL("(SELECT k, more FROM {} UNION ALL SELECT k, more FROM {} AS o)")
+    return Keys(both.format(known.relation, more.relation), more.parameters)
+
+
+async def _unlisted(link: Link, shapes: Sequence[TableShape], reader: Reader | None) -> list[Key]:
+    """The leg's keys at the source that are not in its key table, found by hashing all keys that are not in it."""
+    assert reader is not None  # noqa: S101 - opened for a whole comparison
+    found: dict[Key, None] = {}
     for shape in shapes:
-        first, rest = shape.key_parts()
-        query = sql.SQL("SELECT DISTINCT {}, {} FROM {} AS t").format(first, rest, shape.name)
-        async with conn.cursor(name="shardlib_keys") as cursor:
-            cursor.itersize = _FETCH
-            await cursor.execute(query)
-            async for k, more in cursor:
-                if moves("\0".join((k, *more)).encode()) and (key := (k, tuple(more))) not in seen:
-                    seen.add(key)
-                    yield key
+        parts = len(shape.table.key)
+        keep = line_filter(link.ranges, link.hash_function, parts)
+        pending: list[bytes] = []
+        async for block in reader.blocks(_others(link, shape)):
+            for line in keep(whole_lines(pending, block)):
+                first, *rest = copy_key(line.split(b"\t")).decode().split("\0")
+                found[first, tuple(rest)] = None
+    return list(found)
 
 
-async def _keys_at(link: Link, conn: AsyncConnection[Any], since: str | None) -> KeyList:
-    """The leg's keys in the target's key table: all, or those changed at or after an LSN."""
+def _others(link: Link, shape: TableShape) -> sql.Composed:
+    """COPY of the key texts, a column for each part, of rows whose key is not in the source's key table."""
+    return sql.SQL(
+        "COPY (SELECT {} FROM {} AS t WHERE {} AND NOT EXISTS (SELECT FROM {} AS k WHERE {})) TO STDOUT"
+    ).format(
+        sql.SQL(", ").join(shape.key_texts()),
+        shape.name,
+        sql.SQL(" AND ").join(sql.SQL("{} IS NOT NULL").format(sql.Identifier("t", part)) for part in shape.table.key),
+        keys_table(link.runner.job),
+        shape.matches(),
+    )
+
+
+async def _keys_at(link: Link, conn: AsyncConnection[Any], since: str | None) -> list[Key]:
+    """The leg's keys in a side's key table: all, or those changed at or after an LSN."""
     query = sql.SQL("SELECT k, more FROM {}").format(keys_table(link.runner.job))
     if since is not None:
         query += sql.SQL(" WHERE lsn >= {}").format(since)
@@ -202,47 +262,56 @@ async def _keys_at(link: Link, conn: AsyncConnection[Any], since: str | None) ->
 async def _compare(
     here: AsyncConnection[Any],
     there: AsyncConnection[Any],
-    origin: Sequence[TableShape],
-    sink: Sequence[TableShape],
-    keys: KeyList,
+    tables: Tables,
+    ours: Callable[[], Awaitable[Keys]],
+    theirs: Callable[[], Awaitable[Keys]],
     lsn: str,
-    *,
-    known: KeyList | None = None,
 ) -> Equal:
-    """Compare the rows of `keys` on two connections.
+    """Compare rows on two connections, each in a transaction.
+
+    A key that one side lists and the other does not counts as one without rows there.
 
     Args:
-        here: the source, in a transaction.
-        there: the target, in a transaction.
-        origin: the tables at the source.
-        sink: the tables at the target.
-        keys: whose rows.
-        lsn: what they were read at.
-        known: the target's key list, if `keys` are those of the source: each of them must be in it, or it would not
-            be hidden and not be deleted; and rows of others at the target are too much.
+        here: the source.
+        there: the target.
+        tables: what is compared.
+        ours: finds out whose rows are wanted at the source.
+        theirs: and at the target.
+        lsn: what they are read at.
     """
-    every = keys
-    if known is not None:
-        if missing := set(keys) - set(known):
-            raise Mismatch(f"{len(missing)} keys of the source are not in the target's key table: {_named(missing)}")
-        every = known
-    await together([load_keys(here, every), load_keys(there, every)])
-    left, right = await together([digests(here, origin), digests(there, sink)])
-    if left == right:
-        return Equal(lsn, len(every), sum(rows for rows, _ in left.values()))
-    differ = sorted(at for at in left.keys() | right.keys() if left.get(at) != right.get(at))
-    shapes = {shape.table.fullname: (shape, other) for shape, other in zip(origin, sink, strict=True)}
+    versions = [conn.info.server_version for conn in (here, there)]
+    hashes = [row_hash(a, b, versions) for a, b in zip(tables.origin, tables.sink, strict=True)]
+    left, right = list(zip(tables.origin, hashes, strict=True)), list(zip(tables.sink, hashes, strict=True))
+
+    async def of(
+        conn: AsyncConnection[Any], find: Callable[[], Awaitable[Keys]], shapes: Compared
+    ) -> tuple[Keys, dict[tuple[str, int], tuple[int, int]]]:
+        keys = await find()
+        return keys, await digests(conn, shapes, keys)
+
+    # Each side goes its own pace.
+    (our_keys, ours_by), (their_keys, theirs_by) = await together([of(here, ours, left), of(there, theirs, right)])
+    if ours_by == theirs_by:
+        found = await there.execute(
+            sql.SQL("SELECT count(*) FROM {} AS k").format(their_keys.relation), their_keys.parameters
+        )
+        row = await found.fetchone()
+        assert row is not None  # noqa: S101 - a count
+        return Equal(lsn, row[0], sum(rows for rows, _ in theirs_by.values()))
+    differ = sorted(at for at in ours_by.keys() | theirs_by.keys() if ours_by.get(at) != theirs_by.get(at))
+    shapes = {a.table.fullname: (a, b, row) for a, b, row in zip(tables.origin, tables.sink, hashes, strict=True)}
     told: list[str] = []
     for table in dict.fromkeys(name for name, _ in differ):
         buckets = [bucket for name, bucket in differ if name == table]
-        ours = await key_digests(here, shapes[table][0], buckets)
-        theirs = await key_digests(there, shapes[table][1], buckets)
-        wrong = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
-        counts = (sum(rows for rows, _ in ours.values()), sum(rows for rows, _ in theirs.values()))
+        origin, sink, row_of = shapes[table]
+        mine = await key_digests(here, origin, row_of, our_keys, buckets)
+        other = await key_digests(there, sink, row_of, their_keys, buckets)
+        wrong = [key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key)]
+        counts = (sum(rows for rows, _ in mine.values()), sum(rows for rows, _ in other.values()))
         told.append(f"table {table!r}: {len(wrong)} keys ({counts[0]} rows here, {counts[1]} there): {_named(wrong)}")
     raise Mismatch("source and target differ: " + "; ".join(told))
 
 
-def _named(keys: Sequence[tuple[str, tuple[str, ...]]] | set[tuple[str, tuple[str, ...]]]) -> str:
+def _named(keys: Sequence[Key]) -> str:
     shown = [repr(key[0] if not key[1] else (key[0], *key[1])) for key in sorted(keys)[:_SHOWN]]
     return ", ".join(shown) + (", ..." if len(keys) > _SHOWN else "")

@@ -29,12 +29,16 @@ from psycopg.pq import ExecStatus
 from shardlib.dsn import Dsn, scrub
 from shardlib_ops.reshard.link import Link
 
-__all__ = ["Reader", "find_psql", "open_reader"]
+__all__ = ["LOCK_MS", "Reader", "find_psql", "open_reader", "take_snapshot"]
 
 _log = logging.getLogger("shardlib.reshard.copy")
 
 _BLOCK: Final = 1 << 18
 _TOGETHER: Final = 1 << 17
+LOCK_MS: Final = 30_000
+"""How long a reader waits for a table that somebody has locked."""
+
+_WORK_MEM: Final = "128MB"
 _OPEN_S: Final = 15.0
 _CLOSE_S: Final = 10.0
 _SQLSTATE: Final = re.compile(r"(?:ERROR|FATAL|PANIC):\s+([0-9A-Z]{5}):")
@@ -113,6 +117,17 @@ async def open_reader(link: Link, what: str, *, psql: Path | None) -> Reader:
     except BaseException:
         await conn.close()
         raise
+
+
+async def take_snapshot(reader: Reader, name: str) -> None:
+    """Begin the one transaction of a reading session: it reads an exported snapshot, and writes nothing.
+
+    Without a transaction number of its own it is in the way of no slot that others make.
+    """
+    await reader.run(sql.SQL("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"))
+    await reader.run(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(name))
+    await reader.run(sql.SQL("SET LOCAL work_mem = {}").format(_WORK_MEM))
+    await reader.run(sql.SQL("SET LOCAL lock_timeout = {}").format(LOCK_MS))
 
 
 @functools.cache
