@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from copy import copy
 from typing import Any, Final
 
+from psycopg.pq import TransactionStatus
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg, PGDialectAsync_psycopg
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect
@@ -20,6 +21,7 @@ from shardlib.route.hidden import OwnedOnlyCompiler
 __all__ = ["SharedDialect", "close_now"]
 
 _TWINS_MAX: Final = 16
+_IDLE: Final = TransactionStatus.IDLE
 
 
 def close_now(driver_connection: Any) -> None:
@@ -66,9 +68,11 @@ class _AsyncioDialect(_OwnedOnly, PGDialectAsync_psycopg):
     has_terminate = True
 
     def do_rollback(self, dbapi_connection: Any) -> None:
-        # By far most need no answer and so no step of the event loop.
-        unheard = getattr(dbapi_connection.driver_connection, "roll_back_unheard", None)
-        if unheard is None or not unheard():
+        # By far most need no answer and so no step of the event loop: a cancellation that meets one as connections are
+        # given back leaves the others of the session checked out.
+        driver = dbapi_connection.driver_connection
+        unheard = getattr(driver, "roll_back_unheard", None)
+        if (unheard is None or not unheard()) and driver.pgconn.transaction_status != _IDLE:
             dbapi_connection.rollback()
 
     def do_close(self, dbapi_connection: Any) -> None:
