@@ -17,10 +17,10 @@ from sqlalchemy.pool import NullPool
 
 from shardlib.catalog import Catalog, TopologyCache, publish_change
 from shardlib.engine.locks import holders_of
-from shardlib.errors import InvalidTopology, LockTimeout, ShardUnavailable, UnsupportedOperation
-from shardlib.fence.gate import install, open_gate
+from shardlib.errors import InvalidTopology, LockTimeout, UnsupportedOperation
 from shardlib.key.declare import KeySpec, describe
-from shardlib.shard.connect import explain, hopeless, lost
+from shardlib.shard.connect import lost
+from shardlib.shard.prepare import prepare_shard, unavailable
 from shardlib.topology import Shard, Table, Topology
 from shardlib.topology.change import forget_tables, record_tables
 
@@ -84,17 +84,9 @@ class SchemaChange:
 
     @staticmethod
     def _prepare(topology: Topology, shard: Shard, app_roles: Sequence[str]) -> None:
-        try:
-            with _connect(shard, autocommit=True) as conn:
-                install(conn, cluster_id=topology.cluster_id, shard_id=shard.id, roles=app_roles)
-                for number in topology.gates_of(shard.id):
-                    open_gate(conn, number)
-        except LockNotAvailable:
-            raise LockTimeout(shard.name, _LOCK_TIMEOUT_S, "somebody else changes its schema shardlib") from None
-        except psycopg.OperationalError as error:
-            if not lost(error):
-                raise
-            raise _unavailable(shard, error) from None
+        gates = topology.gates_of(shard.id)
+        with _connect(shard, autocommit=True) as conn:
+            prepare_shard(conn, shard, cluster_id=topology.cluster_id, gates=gates, app_roles=app_roles)
 
     @staticmethod
     def _ddl(shard: Shard, metadata: MetaData, work: Callable[[Connection], None], *, dropping: bool) -> None:
@@ -118,7 +110,7 @@ class SchemaChange:
                 raise LockTimeout(shard.name, _LOCK_TIMEOUT_S, holders) from None
             if error.orig is None or not lost(error):
                 raise
-            raise _unavailable(shard, error.orig) from None
+            raise unavailable(shard, error.orig) from None
         finally:
             engine.dispose()
 
@@ -140,11 +132,7 @@ def _connect(shard: Shard, *, autocommit: bool = False) -> psycopg.Connection[tu
             autocommit=autocommit,
         )
     except psycopg.OperationalError as error:
-        raise _unavailable(shard, error) from None
-
-
-def _unavailable(shard: Shard, error: BaseException) -> ShardUnavailable:
-    return ShardUnavailable(shard.name, explain(error, shard.primary)[0], hopeless(error))
+        raise unavailable(shard, error) from None
 
 
 def records(metadata: MetaData) -> list[Table]:

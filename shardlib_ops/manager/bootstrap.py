@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final
 
 import psycopg
-from psycopg import errors
 
 from shardlib.catalog.base import Catalog, Conflict
-from shardlib.dsn import Dsn, scrub
-from shardlib.errors import InvalidArgument, InvalidTopology, LockTimeout, ShardUnavailable, UnsupportedOperation
-from shardlib.fence.gate import install, open_gate
-from shardlib.fence.verdict import lost_connection
+from shardlib.dsn import Dsn
+from shardlib.errors import InvalidArgument, InvalidTopology, UnsupportedOperation
 from shardlib.ring.build import VNODES_MAX
+from shardlib.shard.prepare import prepare_shard, unavailable
 from shardlib.token import hash_of
 from shardlib.topology import Shard, Topology
 from shardlib.topology.change import initial
@@ -29,8 +27,6 @@ _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
 _ID: Final = re.compile(r"s[0-9]+")
 _OLDEST: Final = 15
 """The least major version of PostgreSQL."""
-_LOCK_S: Final = 10.0
-"""How long `install` and `open_gate` wait for a lock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +101,8 @@ def create_cluster(
         for shard, connection in opened:
             if not _has_schema(connection):
                 undo.callback(_take_back, connection, cluster_id)
-            with _explained(shard, connection, app_roles):
-                install(connection, cluster_id=cluster_id, shard_id=shard.id, roles=tuple(app_roles))
-                open_gate(connection, topology.default_gate(shard.id))
+            gates = [topology.default_gate(shard.id)]
+            prepare_shard(connection, shard, cluster_id=cluster_id, gates=gates, app_roles=app_roles)
         # From here on the topology may be there even if the call fails.
         undo.pop_all()
         try:
@@ -152,13 +147,12 @@ def reached(shard: Shard, timeout_s: int) -> psycopg.Connection[Any]:
         ShardUnavailable: no answer in time.
         UnsupportedOperation: it is a replica, or too old.
     """
-    text = shard.primary.reveal()
     try:
         connection = psycopg.connect(
             shard.primary.conninfo(connect_timeout=timeout_s, application_name="shardlib"), autocommit=True
         )
     except psycopg.Error as error:
-        raise ShardUnavailable(shard.name, scrub(str(error).strip(), text)) from None
+        raise unavailable(shard, error) from None
     try:
         _check_server(shard, connection)
     except BaseException:
@@ -179,29 +173,6 @@ def _check_server(shard: Shard, connection: psycopg.Connection[Any]) -> None:
             f"{shard.primary} is a replica and cannot be the primary of shard {shard.name!r}",
             "give the address of its primary",
         )
-
-
-@contextmanager
-def _explained(shard: Shard, connection: psycopg.Connection[Any], app_roles: Sequence[str]) -> Iterator[None]:
-    """What a server refuses while it is prepared, in our own words."""
-    try:
-        yield
-    except errors.InsufficientPrivilege as error:
-        info = connection.info
-        raise UnsupportedOperation(
-            f"the role {info.user!r} may not prepare shard {shard.name!r}: {error.diag.message_primary}",
-            f'let it: GRANT CREATE ON DATABASE "{info.dbname}" TO "{info.user}"',
-        ) from None
-    except errors.UndefinedObject as error:
-        raise InvalidArgument(
-            "app_roles", list(app_roles), f"roles that exist on shard {shard.name!r}: {error.diag.message_primary}"
-        ) from None
-    except errors.LockNotAvailable:
-        raise LockTimeout(shard.name, _LOCK_S, "somebody else changes its schema shardlib") from None
-    except psycopg.OperationalError as error:
-        if not lost_connection(error):
-            raise
-        raise ShardUnavailable(shard.name, scrub(str(error).strip(), shard.primary.reveal())) from None
 
 
 def _has_schema(connection: psycopg.Connection[Any]) -> bool:

@@ -10,7 +10,7 @@ from uuid import uuid4
 from shardlib.catalog import publish_change
 from shardlib.dsn import Dsn
 from shardlib.errors import InvalidArgument
-from shardlib.fence.gate import install, open_gate
+from shardlib.shard.prepare import prepare_shard
 from shardlib.topology import Shard, Topology
 from shardlib.topology.change import with_shard, without_shard
 from shardlib_ops.manager.base import CONNECT_S, Base, refuse_busy, refuse_promoting, same_server
@@ -63,8 +63,8 @@ class Shards(Base):
             with reached(shard, CONNECT_S) as connection:
                 _free(connection, topology)  # also what this change left there if another has overtaken it
                 roles = _app_roles(topology)
-                install(connection, cluster_id=topology.cluster_id, shard_id=shard.id, roles=roles)
-                open_gate(connection, after.default_gate(shard.id))
+                gates = [after.default_gate(shard.id)]
+                prepare_shard(connection, shard, cluster_id=topology.cluster_id, gates=gates, app_roles=roles)
             return after
 
         return publish_change(self._catalog, change).shard(new.name)

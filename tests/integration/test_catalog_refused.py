@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import psycopg
 import pytest
@@ -14,7 +15,7 @@ from shardlib import ShardedEngine
 from shardlib.catalog import Catalog, Conflict, Lease, open_catalog, publish_change
 from shardlib.catalog.publish import SWAPS_MAX, swap_pauses
 from shardlib.dsn import Dsn
-from shardlib.errors import InvalidTopology
+from shardlib.errors import InvalidArgument, InvalidTopology, UnsupportedOperation
 from shardlib.topology import Topology
 from shardlib_ops.manager.bootstrap import NewShard, create_cluster
 from tests.support.topologies import changed, make_topology
@@ -59,6 +60,41 @@ def test_no_change_of_the_tables_follows_a_catalog_that_the_engine_refuses(
     assert engine.topology is before
     with psycopg.connect(database) as conn:
         assert conn.execute("SELECT to_regclass('thing')").fetchone() == (None,)
+
+
+def test_create_all_explains_what_a_server_refuses_as_the_bootstrap_does(database: str, metadata: MetaData) -> None:
+    dsn, role = Dsn(database), f"app_{uuid.uuid4().hex[:8]}"
+    url = f"memory://refused-{uuid.uuid4().hex}"
+    with psycopg.connect(database, autocommit=True) as admin, closing(open_catalog(url)) as catalog:
+        create_cluster(catalog, [NewShard("only", dsn)])
+        with ShardedEngine(url) as engine:
+            with pytest.raises(InvalidArgument, match=r"app_roles=\['nobody_at_all'\].*exist on shard 'only'"):
+                engine.create_all(metadata, app_roles=["nobody_at_all"])
+            admin.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'canary-b1'".encode())
+            try:
+                poor = Dsn(f"postgresql://{role}:canary-b1@{dsn.host}:{dsn.port}/{dsn.dbname}")
+                elsewhere = open_catalog(f"memory://refused-{uuid.uuid4().hex}")
+                with closing(elsewhere), pytest.raises(UnsupportedOperation) as bootstrap:
+                    create_cluster(elsewhere, [NewShard("only", poor)])
+                now = catalog.load()
+                catalog.publish(changed(now, shards=(replace(now.shards[0], primary=poor),)), expected=now.version)
+                with pytest.raises(UnsupportedOperation) as caught:
+                    engine.create_all(metadata)
+                assert str(caught.value) == str(bootstrap.value)
+                assert f"the role {role!r} may not prepare shard 'only'" in str(caught.value)
+                assert f'GRANT CREATE ON DATABASE "{dsn.dbname}" TO "{role}"' in str(caught.value)
+                assert "canary-b1" not in f"{caught.value} {caught.value!r}"
+                admin.execute(f'GRANT CREATE ON DATABASE "{dsn.dbname}" TO {role}'.encode())
+                with pytest.raises(UnsupportedOperation, match="owns the schema shardlib"):
+                    engine.create_all(metadata)
+                admin.execute(b"UPDATE shardlib.control SET schema_version = 999")
+                admin.execute(f"GRANT ALL ON SCHEMA shardlib TO {role}".encode())
+                admin.execute(f"GRANT ALL ON ALL TABLES IN SCHEMA shardlib TO {role}".encode())
+                with pytest.raises(InvalidTopology, match=r"version 999.*upgrade the shardlib"):
+                    engine.create_all(metadata)
+            finally:
+                admin.execute(f"DROP OWNED BY {role}".encode())
+                admin.execute(f"DROP ROLE {role}".encode())
 
 
 class Contended:
