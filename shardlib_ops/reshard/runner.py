@@ -8,7 +8,9 @@ lag behind them by one step.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Final
 
 from shardlib.errors import InvalidTopology
@@ -60,6 +62,8 @@ class JobRunner:
     ) -> None:
         self.world, self.job, self.limits = world, job.checked(), limits
         self._complete, self._stay, self._told = complete, stay, step
+        self._saving = asyncio.Lock()
+        world.waits = self._note
 
     async def go(self) -> Job:
         """Until the job is over, or rests in `validation`.
@@ -87,21 +91,23 @@ class JobRunner:
         await self._told(name)
 
     async def _save(self, job: Job) -> None:
-        await self.world.save(job)
-        self.job = job
+        async with self._saving:
+            await self.world.save(job)
+            self.job = job
 
     async def _to(self, status: Status, **changes: Any) -> None:
         await self._save(self.job.to(status, **changes))
         await self._step(f"status_{status.value}")
 
-    async def _note(self, error: str) -> None:
-        """Write down what the job waits for, if that can be written down now."""
-        if self.job.error == error or self.job.status.over:
-            return
-        try:
-            await self._save(self.job.changed(error=error))
-        except Lost:
-            self.job = self.job.changed(error=error)
+    async def _note(self, error: str | None) -> None:
+        """Write down what the job waits for, if that can be written down now; None: for nothing any more."""
+        async with self._saving:
+            if self.job.error == error or self.job.status.over:
+                return
+            job = self.job.changed(error=error)
+            with suppress(Lost):
+                await self.world.save(job)
+            self.job = job
 
     async def _fail(self, reason: str) -> None:
         """Before the switch the job is undone; after it there is nothing to undo, and the operator decides."""

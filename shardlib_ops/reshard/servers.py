@@ -40,6 +40,7 @@ from shardlib_ops.reshard.stream import (
     drop_slot,
     slot_state,
     watch_slot,
+    who_blocks_a_slot,
 )
 from shardlib_ops.reshard.together import first_of, together
 from shardlib_ops.reshard.validate import Tables, compare_changed, compare_closed, compare_whole
@@ -101,6 +102,7 @@ class Servers:
                 self.tables,
                 hash_function=topology.hash_function,
                 cluster_id=topology.cluster_id,
+                waits=self._tell_waits,
             )
             for shard_id in job.shards
         }
@@ -112,6 +114,7 @@ class Servers:
         self.jitter: Callable[[], float] = random.random
         self.stamp: Callable[[], str] = lambda: datetime.now(UTC).isoformat(timespec="milliseconds")
         self.nonce: Callable[[], str] = lambda: uuid.uuid4().hex
+        self.waits: Callable[[str | None], Awaitable[None]] = _untold
         self._max_slot_wal = max_slot_wal
         self.progress = Tracker(job, topology, clock=self.now, stamp=self.stamp, trend_s=trend_s)
 
@@ -120,6 +123,9 @@ class Servers:
         await together(side.close() for side in self._sides.values())
         kept, self._kept = self._kept, {}
         await together(conn.close() for pair in kept.values() for conn in pair)
+
+    async def _tell_waits(self, what: str | None) -> None:
+        await self.waits(what)
 
     async def anew(self) -> None:
         """See `World.anew`. Connections bear the round's token in their names, so all are made anew."""
@@ -241,7 +247,7 @@ class Servers:
         self.progress.copy_begins(leg.number, anew=not usable)
         async with (
             self._beside([self._watch_slot(leg, "forward")]),
-            await export_snapshot(link, slot=name, temporary=usable, timeout_s=_SNAPSHOT_S) as snapshot,
+            await self._snapshot(leg, name, temporary=usable) as snapshot,
         ):
             if not usable:
                 async with target.using() as conn:
@@ -261,14 +267,14 @@ class Servers:
                 on_progress=partial(self.progress.copied, leg.number),
             )
 
-    def _export(self, leg: Leg) -> Callable[[], AbstractAsyncContextManager[ExportedSnapshot]]:
-        link = self.link(leg)
+    async def _snapshot(self, leg: Leg, name: str, *, temporary: bool) -> ExportedSnapshot:
+        async with self._sides[leg.source].naming(f"slot {name!r}", who_blocks):
+            return await export_snapshot(self.link(leg), slot=name, temporary=temporary, timeout_s=_SNAPSHOT_S)
 
+    def _export(self, leg: Leg) -> Callable[[], AbstractAsyncContextManager[ExportedSnapshot]]:
         @asynccontextmanager
         async def export() -> AsyncIterator[ExportedSnapshot]:
-            async with await export_snapshot(
-                link, slot=f"{link.slot}_cmp", temporary=True, timeout_s=_SNAPSHOT_S
-            ) as snapshot:
+            async with await self._snapshot(leg, f"{self.link(leg).slot}_cmp", temporary=True) as snapshot:
                 yield snapshot
 
         return export
@@ -417,6 +423,15 @@ class Servers:
             raise Lost(str(error)) from error
 
 
+async def who_blocks(conn: AsyncConnection[Any]) -> str:
+    """Whom the making of a slot waits for; empty for nobody."""
+    return await who_blocks_a_slot(conn, older_than_s=1.0, nobody="")
+
+
+async def _untold(what: str | None) -> None:
+    """Who waits is told to nobody yet."""
+
+
 class _StreamFlow:
     """A `Stream` as a `Flow`: made anew for each run, since a broken one does not go on."""
 
@@ -449,7 +464,8 @@ class _StreamFlow:
     async def create_slot(self) -> None:
         """See `Flow.create_slot`."""
         try:
-            await create_slot(self._link, timeout_s=_SLOT_S)
+            async with self._ends()[0].naming(f"slot {self._link.slot!r}", who_blocks):
+                await create_slot(self._link, timeout_s=_SLOT_S)
         except TimeoutError as error:
             raise Blocked(str(error)) from error
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import wraps
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -39,7 +40,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 S = TypeVar("S")
 
+_log = logging.getLogger("shardlib.reshard")
 _REPLAY_POLL_S: Final = 0.005
+_NAMED_S: Final = 1.0
+_NAMED_AGAIN_S: Final = 5.0
 
 
 def translated(
@@ -90,10 +94,19 @@ class ShardSide:
         tables: the cluster's sharded tables.
         hash_function: the cluster's.
         cluster_id: the cluster's.
+        waits: see `World.waits`.
     """
 
     def __init__(
-        self, job: Job, runner: Runner, shard: Shard, tables: Sequence[Table], *, hash_function: str, cluster_id: str
+        self,
+        job: Job,
+        runner: Runner,
+        shard: Shard,
+        tables: Sequence[Table],
+        *,
+        hash_function: str,
+        cluster_id: str,
+        waits: Callable[[str | None], Awaitable[None]],
     ) -> None:
         self.job, self.runner, self.shard = job, runner, shard
         self.tables, self.hash_function, self.cluster_id = tuple(tables), hash_function, cluster_id
@@ -102,6 +115,7 @@ class ShardSide:
         self._gate_conn: psycopg.Connection[Any] | None = None
         self._shapes: tuple[TableShape, ...] | None = None
         self._before_guard: tuple[ForeignWriter, ...] | None = None
+        self._waits = waits
         self._turn = asyncio.Lock()
         self._gate_turn = asyncio.Lock()
 
@@ -125,6 +139,37 @@ class ShardSide:
         if self._gate_conn is not None:
             self._gate_conn.close()
         self._conn = self._gate_conn = None
+
+    @asynccontextmanager
+    async def naming(self, what: str, who: Callable[[AsyncConnection[Any]], Awaitable[str]]) -> AsyncIterator[None]:
+        """While the body waits for others, tell for whom, from the first second on.
+
+        Args:
+            what: what waits, such as `making the guard`.
+            who: asks the shard, on a connection of its own; empty if there is nobody.
+        """
+        said: list[str] = []
+        watching = asyncio.create_task(self._name(what, who, said))
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.wait([watching])
+            if not watching.cancelled() and (error := watching.exception()) is not None:
+                # Only the telling is lost: what waits says itself whether it has failed.
+                _log.warning("job %d: whom it waits for cannot be told: %s", self.job.id, scrub(str(error)))
+        if said:
+            await self._waits(None)
+
+    async def _name(self, what: str, who: Callable[[AsyncConnection[Any]], Awaitable[str]], said: list[str]) -> None:
+        await asyncio.sleep(_NAMED_S)
+        conn = await self.open("observe")
+        async with conn:
+            while True:
+                if names := await who(conn):
+                    said.append(names)
+                    await self._waits(f"shard {self.shard.name!r}: {what} waits for {names}")
+                await asyncio.sleep(_NAMED_AGAIN_S)
 
     async def shapes(self) -> tuple[TableShape, ...]:
         """The sharded tables as they are here, read once after each claim."""
@@ -179,7 +224,12 @@ class ShardSide:
     async def prepare(self) -> None:
         """See `Side.prepare`."""
         shapes = await self.shapes()
-        async with self.using() as conn:
+
+        async def writers(conn: AsyncConnection[Any]) -> str:
+            found = await foreign_writers(conn, shapes, gated=True)
+            return "; ".join(str(writer) for writer in found if writer.age_s >= _NAMED_S)
+
+        async with self.using() as conn, self.naming("making the guard", writers):
             await create_keys(conn, self.runner)
             await create_publication(conn, self.runner, self.tables)
             await install_guard(conn, self.runner, shapes)

@@ -153,6 +153,8 @@ class World(Protocol):
     """The wall clock as UTC in ISO 8601: a label for people, which decides nothing."""
     nonce: Callable[[], str]
     """A text that no other call gives."""
+    waits: Callable[[str | None], Awaitable[None]]
+    """Told while a verb waits for others: for whom, in words for the operator, and None when it goes on."""
 
     async def anew(self) -> None:
         """Begin a round: after the next `Side.claim`, nothing that was sent before has an effect there any more.

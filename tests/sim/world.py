@@ -213,6 +213,7 @@ class FakeWorld:
         self.jitter: Callable[[], float] = sim.rng.random
         self.stamp: Callable[[], str] = lambda: f"at {sim.loop.time():.3f}"
         self.nonce: Callable[[], str] = sim.nonce
+        self.waits: Callable[[str | None], Awaitable[None]]
         self._sides = {shard_id: self.side_type(self, shard) for shard_id, shard in sim.shards.items()}
         self._flows: dict[tuple[int, Direction], FakeFlow] = {}
         self._wish: tuple[float, Wish] | None = None

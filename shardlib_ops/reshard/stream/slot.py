@@ -139,12 +139,14 @@ async def create_slot(link: Link, *, timeout_s: float) -> str:
         await conn.close()
 
 
-async def who_blocks_a_slot(conn: AsyncConnection[Any], *, older_than_s: float) -> str:
+async def who_blocks_a_slot(
+    conn: AsyncConnection[Any], *, older_than_s: float, nobody: str = "transactions that have ended meanwhile"
+) -> str:
     """The open transactions that wrote something, on the whole server, and the prepared ones: the oldest, in words."""
     found = await conn.execute(_WRITERS, (older_than_s, older_than_s, _NAMED_MAX + 1))
     names = [str(row[0]) for row in await found.fetchall()]
     if not names:
-        return "transactions that have ended meanwhile"
+        return nobody
     return ", ".join(names[:_NAMED_MAX]) + (" and others" if len(names) > _NAMED_MAX else "")
 
 
