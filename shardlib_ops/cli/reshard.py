@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shardlib_ops.cli import given, jobs, render, resharder
+from shardlib_ops.cli import given, jobs, moving, render, resharder
+from shardlib_ops.cli.progress import lines, progress_content, tables
 
 if TYPE_CHECKING:
     from shardlib_ops.manager.manager import Target
     from shardlib_ops.reshard.job import Job, Wish
+    from shardlib_ops.reshard.progress.model import JobProgress
 
 __all__ = ["app"]
 
@@ -20,95 +22,54 @@ app = typer.Typer(no_args_is_help=True, help="Move rows between shards while app
 _TARGET = "A shard that gets a part: its name or id, or NAME=DSN for one to be made"
 Target1 = Annotated[str, typer.Option("--target", metavar="SHARD | NAME=DSN", help=f"{_TARGET}.")]
 Targets = Annotated[list[str], typer.Option("--target", metavar="SHARD | NAME=DSN", help=f"{_TARGET}; once for each.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would move.")]
-Run = Annotated[bool, typer.Option("--run", help="Run the job here until it rests.")]
-Complete = Annotated[
-    bool, typer.Option("--complete", help="With --run: delete the old copies at once; there is no rollback then.")
-]
-Retention = Annotated[
-    float | None,
-    typer.Option(help="Seconds after the switch until it completes by itself; never if left out.", show_default=False),
-]
 
 
 @app.command()
+@moving.moves
 def split(
     shard: given.ShardName,
     target: Targets,
-    catalog: given.CatalogUrl,
     keep: Annotated[
         int | None,
         typer.Option(help="Weight of what stays; the shard's own virtual nodes if left out.", show_default=False),
     ] = None,
-    retention: Retention = None,
-    dry_run: DryRun = False,
-    run: Run = False,
-    complete: Complete = False,
-    as_json: given.AsJson = False,
-) -> None:
+) -> Mapping[str, Any]:
     """Give a part of a shard to others, each by its weight."""
-    arguments = {"source": given.shard(shard), "targets": given.targets(target), "keep": keep}
-    _begin("split", arguments, catalog, retention, dry_run, run, complete, as_json)
+    return {"source": given.shard(shard), "targets": given.targets(target), "keep": keep}
 
 
 @app.command()
+@moving.moves
 def merge(
     shards: Annotated[list[str], typer.Argument(metavar="SHARD...", help="Names or ids of the shards that give.")],
     target: Target1,
-    catalog: given.CatalogUrl,
-    retention: Retention = None,
-    dry_run: DryRun = False,
-    run: Run = False,
-    complete: Complete = False,
-    as_json: given.AsJson = False,
-) -> None:
+) -> Mapping[str, Any]:
     """Give everything that some shards own to one."""
-    arguments = {"sources": [given.shard(one) for one in shards], "target": _one(target)}
-    _begin("merge", arguments, catalog, retention, dry_run, run, complete, as_json)
+    return {"sources": [given.shard(one) for one in shards], "target": _one(target)}
 
 
 @app.command()
-def rebalance(
-    target: Target1,
-    catalog: given.CatalogUrl,
-    retention: Retention = None,
-    dry_run: DryRun = False,
-    run: Run = False,
-    complete: Complete = False,
-    as_json: given.AsJson = False,
-) -> None:
+@moving.moves
+def rebalance(target: Target1) -> Mapping[str, Any]:
     """Give a shard that owns nothing its fair part of everything."""
-    _begin("rebalance", {"target": _one(target)}, catalog, retention, dry_run, run, complete, as_json)
+    return {"target": _one(target)}
 
 
 @app.command()
-def drain(
-    shard: given.ShardName,
-    catalog: given.CatalogUrl,
-    retention: Retention = None,
-    dry_run: DryRun = False,
-    run: Run = False,
-    complete: Complete = False,
-    as_json: given.AsJson = False,
-) -> None:
+@moving.moves
+def drain(shard: given.ShardName) -> Mapping[str, Any]:
     """Give everything that a shard owns to the others, evenly."""
-    _begin("drain", {"shard": given.shard(shard)}, catalog, retention, dry_run, run, complete, as_json)
+    return {"shard": given.shard(shard)}
 
 
 @app.command("move-keys")
+@moving.moves
 def move_keys(
     keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Shard keys, as PostgreSQL prints them.")],
     target: Target1,
-    catalog: given.CatalogUrl,
-    retention: Retention = None,
-    dry_run: DryRun = False,
-    run: Run = False,
-    complete: Complete = False,
-    as_json: given.AsJson = False,
-) -> None:
+) -> Mapping[str, Any]:
     """Give some keys, such as one large tenant, to a shard. For keys of several columns use Manager.move_keys."""
-    arguments = {"keys": keys, "target": _one(target)}
-    _begin("move_keys", arguments, catalog, retention, dry_run, run, complete, as_json)
+    return {"keys": keys, "target": _one(target)}
 
 
 @app.command("list")
@@ -133,24 +94,39 @@ def show(job: given.JobNumber, catalog: given.CatalogUrl, as_json: given.AsJson 
 
     with Manager.sync(given.lasting(catalog)) as manager:
         found, names = manager.get_job(job), jobs.names_of(manager.topology())
-    wish = _wish(catalog, job)
+    wish, progress = _beside(catalog, job)
     if as_json:
-        render.document(jobs.job_content(found, names, wish))
-    else:
-        jobs.show_job(found, names, wish)
+        render.document({**jobs.job_content(found, names, wish), "progress": progress_content(progress)})
+        return
+    jobs.show_job(found, names, wish)
+    if progress is not None:
+        for drawn in tables(progress):
+            render.console().print()
+            render.console().print(drawn)
+        for said in lines(progress):
+            render.console().print(said, markup=False)
 
 
 @app.command()
-def watch(job: given.JobNumber, catalog: given.CatalogUrl, as_json: given.AsJson = False) -> None:
-    """Follow a job until it rests: it is over, or in `validation`. The exit code is 1 if it failed."""
+def watch(
+    job: given.JobNumber,
+    catalog: given.CatalogUrl,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document a line, the last when it rests.")
+    ] = False,
+) -> None:
+    """Follow a job until it rests: it is over, or in `validation`. The exit code is 1 if it failed.
+
+    On a terminal the picture is drawn anew each second; elsewhere a line is printed when there is news.
+    """
     from shardlib_ops.cli import watch as following
 
     given.lasting(catalog)
     try:
-        found = following.until_signal(following.follow(catalog, job, quiet=as_json))
+        found = following.until_signal(following.follow(catalog, job, "json" if as_json else "people"))
     except KeyboardInterrupt:
         raise typer.Exit(following.INTERRUPTED) from None
-    resharder.ended(catalog, found, as_json=as_json)
+    resharder.ended(catalog, found, as_json=as_json, told=as_json)
 
 
 @app.command()
@@ -160,7 +136,9 @@ def pause(job: given.JobNumber, catalog: given.CatalogUrl, as_json: given.AsJson
 
 
 @app.command()
-def resume(job: given.JobNumber, catalog: given.CatalogUrl, run: Run = False, as_json: given.AsJson = False) -> None:
+def resume(
+    job: given.JobNumber, catalog: given.CatalogUrl, run: moving.Run = False, as_json: given.AsJson = False
+) -> None:
     """Let a paused job go on."""
     _ask(catalog, job, "resume", run=run, as_json=as_json)
 
@@ -170,7 +148,7 @@ def cancel(
     job: given.JobNumber,
     catalog: given.CatalogUrl,
     yes: given.Yes = False,
-    run: Run = False,
+    run: moving.Run = False,
     as_json: given.AsJson = False,
 ) -> None:
     """Undo a job that has not switched: what was copied is deleted from the targets."""
@@ -182,7 +160,7 @@ def rollback(
     job: given.JobNumber,
     catalog: given.CatalogUrl,
     yes: given.Yes = False,
-    run: Run = False,
+    run: moving.Run = False,
     as_json: given.AsJson = False,
 ) -> None:
     """Take a switched job back: the sources serve again, with all that was written since."""
@@ -194,7 +172,7 @@ def complete(
     job: given.JobNumber,
     catalog: given.CatalogUrl,
     yes: given.Yes = False,
-    run: Run = False,
+    run: moving.Run = False,
     as_json: given.AsJson = False,
 ) -> None:
     """Delete the old copies of a switched job; there is no rollback from then on."""
@@ -205,61 +183,16 @@ def _one(target: str) -> Target:
     return given.targets([target])[0]
 
 
-def _wish(catalog: str, job_id: int) -> Wish:
+def _beside(catalog: str, job_id: int) -> tuple[Wish, JobProgress | None]:
+    """What stands beside a job's record: what was asked of it, and how far it is."""
     from contextlib import closing
 
     from shardlib.catalog import open_catalog
     from shardlib_ops.reshard.store import JobStore
 
     with closing(open_catalog(catalog)) as opened:
-        return JobStore(opened).wish(job_id)
-
-
-def _begin(
-    kind: str,
-    arguments: dict[str, Any],
-    catalog: str,
-    retention: float | None,
-    dry_run: bool,
-    run: bool,
-    complete: bool,
-    as_json: bool,
-) -> None:
-    """Make a job, or only its plan."""
-    from shardlib.errors import InvalidArgument
-    from shardlib_ops.manager.manager import Manager
-
-    given.lasting(catalog)
-    if complete and not run:
-        raise InvalidArgument("complete", True, "only with --run; later: reshard complete JOB")
-    if run and dry_run:
-        raise InvalidArgument("run", True, "either --run or --dry-run")
-    arguments["retention_s"] = retention
-    targets = arguments.get("targets") or [one for one in [arguments.get("target")] if one]
-    with Manager.sync(catalog) as manager:
-        if dry_run:
-            names = jobs.names_of(manager.topology(), [one["name"] for one in targets if "name" in one])
-            plan = manager.plan(kind, **arguments)
-            if as_json:
-                render.document(jobs.plan_content(plan, names))
-            else:
-                jobs.show_plan(plan, names)
-            return
-        job: Job = getattr(manager, kind)(**arguments)
-        names = jobs.names_of(manager.topology())
-    if not run:
-        _show(job, names, as_json=as_json)
-        return
-    if not as_json:
-        render.console().print(f"job {job.id} ({job.kind.value}) is made", markup=False)
-    resharder.run_job(catalog, job.id, complete=complete, as_json=as_json)
-
-
-def _show(job: Job, names: jobs.Names, wish: Wish | None = None, *, as_json: bool) -> None:
-    if as_json:
-        render.document(jobs.job_content(job, names, wish))
-    else:
-        jobs.show_job(job, names, wish)
+        store = JobStore(opened)
+        return store.wish(job_id), store.progress(job_id)
 
 
 def _ask(
@@ -284,7 +217,7 @@ def _ask(
         resharder.run_job(catalog, job_id, complete=False, as_json=as_json)
         return
     if as_json:
-        render.document(jobs.job_content(job, names, _wish(catalog, job_id)))
+        render.document(jobs.job_content(job, names, _beside(catalog, job_id)[0]))
         return
     render.console().print(
         f"asked job {job_id} to {verb}; the resharder that runs it does that, or: "

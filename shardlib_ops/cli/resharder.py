@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -10,8 +16,11 @@ from shardlib_ops.cli import given, jobs, render
 
 if TYPE_CHECKING:
     from shardlib_ops.reshard.job import Job
+    from shardlib_ops.reshard.resharder import Resharder
 
 __all__ = ["app", "ended", "run_job"]
+
+_METRICS_S: Final = 1.0
 
 app = typer.Typer(no_args_is_help=True, help="The process that moves the rows.")
 
@@ -31,6 +40,19 @@ def run(
     complete: Annotated[
         bool, typer.Option("--complete", help="Delete the old copies at once; there is no rollback then.")
     ] = False,
+    max_slot_wal: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="WAL that a server may keep for a slot, such as 16GiB (the default), or `any`: past it a job is "
+            "undone or, once switched, gives up its way back.",
+            show_default=False,
+        ),
+    ] = None,
+    metrics_file: Annotated[
+        Path | None,
+        typer.Option(help="Write Prometheus metrics into this file each second, as for node_exporter's textfile."),
+    ] = None,
     as_json: given.AsJson = False,
 ) -> None:
     """Run a job until it rests; or, without JOB, every job that is open or comes, until Ctrl-C.
@@ -41,20 +63,66 @@ def run(
     from shardlib.errors import InvalidArgument
 
     given.lasting(catalog)
+    options = _options(max_slot_wal)
     if job is not None:
-        run_job(catalog, job, complete=complete, as_json=as_json)
+        run_job(catalog, job, complete=complete, as_json=as_json, metrics_file=metrics_file, **options)
         return
     if complete:
         raise InvalidArgument("complete", True, "only with a JOB")
-    _serve(catalog, as_json=as_json)
+    _serve(catalog, as_json=as_json, metrics_file=metrics_file, **options)
 
 
-def run_job(catalog: str, job_id: int, *, complete: bool, as_json: bool) -> None:
+def _options(max_slot_wal: str | None) -> dict[str, Any]:
+    from shardlib_ops.reshard.units import parse_size
+
+    if max_slot_wal is None:
+        return {}
+    return {"max_slot_wal": None if max_slot_wal == "any" else parse_size("max_slot_wal", max_slot_wal)}
+
+
+@asynccontextmanager
+async def _written(resharder: Resharder, path: Path | None) -> AsyncIterator[None]:
+    """While the body runs, a resharder's metrics are in this file, whole at each moment."""
+
+    def write() -> None:
+        assert path is not None  # noqa: S101 - nothing is written without one
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_text(resharder.metrics(), encoding="utf-8")
+        fresh.replace(path)
+
+    async def again_and_again() -> None:
+        while True:
+            await asyncio.sleep(_METRICS_S)
+            try:
+                await asyncio.to_thread(write)
+            except OSError as error:
+                # The jobs are worth more than their metrics.
+                logging.getLogger("shardlib.reshard").warning("the metrics cannot be written: %s", error)
+
+    if path is None:
+        yield
+        return
+    write()  # a path that cannot be written to is told at once
+    writing = asyncio.create_task(again_and_again())
+    try:
+        yield
+    finally:
+        writing.cancel()
+        await asyncio.wait([writing])
+        with suppress(OSError):
+            write()
+
+
+def run_job(
+    catalog: str, job_id: int, *, complete: bool, as_json: bool, metrics_file: Path | None = None, **options: Any
+) -> None:
     """Run a job until it rests, show it, and exit with 1 if it failed, 130 if a signal came first."""
     from shardlib_ops.cli import watch
 
     try:
-        job = watch.until_signal(watch.run(catalog, job_id, complete=complete, quiet=as_json))
+        beside = partial(_written, path=metrics_file)
+        running = watch.run(catalog, job_id, complete=complete, quiet=as_json, beside=beside, **options)
+        job = watch.until_signal(running)
     except KeyboardInterrupt:
         render.console(error=True).print(
             f"interrupted; job {job_id} stands where it was: {render.program()} resharder run {job_id}", markup=False
@@ -63,12 +131,14 @@ def run_job(catalog: str, job_id: int, *, complete: bool, as_json: bool) -> None
     ended(catalog, job, as_json=as_json)
 
 
-def ended(catalog: str, job: Job, *, as_json: bool) -> None:
-    """Show a job that rests, and exit with 1 if it failed."""
+def ended(catalog: str, job: Job, *, as_json: bool, told: bool = False) -> None:
+    """Show a job that rests, unless that was told already, and exit with 1 if it failed."""
     from shardlib_ops.manager.manager import Manager
     from shardlib_ops.reshard.job import Status
 
-    if as_json:
+    if told:
+        pass
+    elif as_json:
         with Manager.sync(catalog) as manager:
             names = jobs.names_of(manager.topology())
         render.document(jobs.job_content(job, names))
@@ -78,14 +148,12 @@ def ended(catalog: str, job: Job, *, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _serve(catalog: str, *, as_json: bool) -> None:
-    import logging
-
+def _serve(catalog: str, *, as_json: bool, metrics_file: Path | None, **options: Any) -> None:
     from shardlib_ops.cli.watch import until_signal
     from shardlib_ops.reshard.resharder import Resharder
 
     async def serve() -> None:
-        async with Resharder(catalog) as resharder:
+        async with Resharder(catalog, **options) as resharder, _written(resharder, metrics_file):
             render.console(error=True).print("serving; stop it with Ctrl-C", markup=False)
             await resharder.serve()
 

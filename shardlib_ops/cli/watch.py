@@ -1,19 +1,25 @@
-"""A job followed until it rests: live on a terminal, one line for each change elsewhere."""
+"""A job followed until it rests: drawn live on a terminal, told line by line elsewhere."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from contextlib import AbstractAsyncContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
-from shardlib_ops.cli import jobs, render
+from shardlib_ops.cli import jobs, progress, render
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from shardlib_ops.reshard.job import Job, Wish
+    from shardlib_ops.reshard.progress.model import JobProgress
+    from shardlib_ops.reshard.resharder import Resharder
 
 __all__ = ["INTERRUPTED", "follow", "run", "until_signal"]
 
@@ -22,42 +28,96 @@ T = TypeVar("T")
 INTERRUPTED: Final = 130
 """The exit code of a command that a signal ended, as shells have it."""
 _LOOK_S: Final = 0.5
+_PLAIN_S: Final = 5.0
+"""Between two lines that say only how far it is."""
 _AWAY_S: Final = 60.0
 """For so long a catalog may be away before `follow` gives up."""
 
 
+Show = Callable[["Job", "Wish", "JobProgress | None"], None]
+"""Shows a job's state, each time it is called."""
+Beside = Callable[["Resharder"], AbstractAsyncContextManager[None]]
+To = Literal["people", "json", "nobody"]
+"""Whom a job is shown to: people; programs, by lines of JSON; or nobody."""
+
+
 @contextmanager
-def _display() -> Iterator[Callable[[Job, Wish], None]]:
-    """What shows a job's state, each time it is called."""
-    console = render.console()
-    if console.is_terminal:
+def _display(to: To, names: jobs.Names) -> Iterator[Show]:
+    if to == "nobody":
+        yield lambda job, wish, told: None
+    elif to == "json":
+        yield _lines_of_json(names)
+    elif render.console().is_terminal:
         from rich.console import Console
         from rich.live import Live
-        from rich.text import Text
 
         # A console that wraps: a line that is drawn anew must not be longer than the terminal is wide.
         with Live(console=Console(highlight=False), refresh_per_second=4, transient=True) as live:
-            yield lambda job, wish: live.update(Text(jobs.line(job, wish)))
-        return
+            yield lambda job, wish, told: live.update(_picture(job, wish, told))
+    else:
+        yield _plain_lines()
+
+
+def _picture(job: Job, wish: Wish, told: JobProgress | None) -> RenderableType:
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.text import Text
+
+    parts: list[RenderableType] = [Text(jobs.line(job, wish), style="bold")]
+    if told is not None:
+        parts += [ProgressBar(total=1.0, completed=told.fraction, width=40), Text(progress.summary(told))]
+        parts += progress.tables(told)
+        parts += [Text(said, style="yellow") for said in progress.lines(told)]
+        parts.append(Text(f"told at {told.at}", style="dim"))
+    return Group(*parts)
+
+
+def _plain_lines() -> Show:
+    """A line when the job's state changes, or who stands in its way; and now and then how far it is."""
+    seen: list[str] = []
+    said_at = float("-inf")
+
+    def show(job: Job, wish: Wish, told: JobProgress | None) -> None:
+        nonlocal seen, said_at
+        news = [jobs.line(job, wish)]
+        keyed = list(news)
+        if told is not None and told.status == job.status.value:
+            news += [f"  {said}" for said in progress.lines(told)]
+            keyed += [*told.warnings, *(f"{one.kind} {one.pid} {one.gid} {one.shard}" for one in told.waiting)]
+        if keyed != seen:
+            seen = keyed
+        elif told is not None and not job.status.over and time.monotonic() - said_at >= _PLAIN_S:
+            news = [f"  {progress.summary(told)}"]
+        else:
+            return
+        said_at = time.monotonic()
+        for line in news:
+            render.console().print(line, markup=False)
+        sys.stdout.flush()
+
+    return show
+
+
+def _lines_of_json(names: jobs.Names) -> Show:
     last = ""
 
-    def show(job: Job, wish: Wish) -> None:
+    def show(job: Job, wish: Wish, told: JobProgress | None) -> None:
         nonlocal last
-        if (now := jobs.line(job, wish)) != last:
-            last = now
-            console.print(now, markup=False)
-            sys.stdout.flush()
+        content = {**jobs.job_content(job, names, wish), "progress": progress.progress_content(told)}
+        if (line := json.dumps(content, default=str)) != last:
+            last = line
+            print(line, flush=True)
 
-    yield show
+    return show
 
 
-async def follow(catalog: str, job_id: int, *, quiet: bool) -> Job:
+async def follow(catalog: str, job_id: int, to: To) -> Job:
     """Show a job until it rests: it is over, or in `validation` with nothing asked of it.
 
     Args:
         catalog: its URL.
         job_id: which job.
-        quiet: show nothing.
+        to: whom it is shown to.
 
     Raises:
         InvalidTopology: there is no such job.
@@ -72,18 +132,21 @@ async def follow(catalog: str, job_id: int, *, quiet: bool) -> Job:
         store = JobStore(opened)
         clock = asyncio.get_running_loop().time
         heard = clock()
-        with _display() as show:
+        names: dict[str, str] = {}
+        with _display(to, names) as show:
             while True:
                 try:
                     job = await asyncio.to_thread(store.load, job_id)
                     wish = await asyncio.to_thread(store.wish, job_id)
+                    told = await asyncio.to_thread(store.progress, job_id)
+                    if to == "json" and not names:
+                        names.update(jobs.names_of(await asyncio.to_thread(opened.load)))
                 except CatalogUnavailable as error:
                     if error.final or clock() - heard > _AWAY_S:
                         raise
                 else:
                     heard = clock()
-                    if not quiet:
-                        show(job, wish)
+                    show(job, wish, told)
                     if _rests(job, wish):
                         return job
                 await asyncio.sleep(_LOOK_S)
@@ -97,7 +160,7 @@ def _rests(job: Job, wish: Wish) -> bool:
     return job.status.over or (job.status is Status.VALIDATION and wish not in (Wish.ROLLBACK, Wish.COMPLETE))
 
 
-async def run(catalog: str, job_id: int, *, complete: bool, quiet: bool) -> Job:
+async def run(catalog: str, job_id: int, *, complete: bool, quiet: bool, beside: Beside, **options: Any) -> Job:
     """Run a job until it rests, and show it meanwhile.
 
     Args:
@@ -105,6 +168,8 @@ async def run(catalog: str, job_id: int, *, complete: bool, quiet: bool) -> Job:
         job_id: which job.
         complete: do not rest in `validation`.
         quiet: show nothing.
+        beside: entered with the resharder, for as long as it runs.
+        options: of the `Resharder`.
 
     Raises:
         InvalidTopology: there is no such job.
@@ -112,11 +177,11 @@ async def run(catalog: str, job_id: int, *, complete: bool, quiet: bool) -> Job:
     from shardlib.errors import CatalogUnavailable
     from shardlib_ops.reshard.resharder import Resharder
 
-    async with Resharder(catalog) as resharder:
+    async with Resharder(catalog, **options) as resharder, beside(resharder):
 
         async def shown() -> None:
             try:
-                await follow(catalog, job_id, quiet=quiet)
+                await follow(catalog, job_id, "people")
             except CatalogUnavailable as error:
                 # The job itself waits for the catalog; only its picture ends here.
                 render.failure(error, as_json=False)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -65,6 +66,11 @@ class Ops:
     def json(self, *arguments: str, code: int = 0) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self(*arguments, "--json", code=code).stdout)
         return found
+
+    def watched(self, number: str, *, code: int = 0) -> list[dict[str, Any]]:
+        """What `watch --json` prints, line by line."""
+        lines = self("reshard", "watch", number, "--json", code=code).stdout.splitlines()
+        return [json.loads(line) for line in lines]
 
     def refused(self, *arguments: str) -> ShardlibError:
         result = self(*arguments, code=1)
@@ -126,7 +132,11 @@ def test_the_life_of_a_split(ops: Ops) -> None:
     assert "validation" in shown
     assert "`complete` or `rollback`" in shown
     assert "split" in ops("reshard", "list").output
-    assert ops.json("reshard", "watch", "1")["status"] == "validation"
+    (told,) = ops.watched("1")
+    assert told["status"] == "validation"
+    assert {table["table"]: table["done"] for table in told["progress"]["tables"]} == {"parcel": True}
+    assert "parcel" in shown
+    assert job["progress"] == told["progress"]
     assert rows_of(ops) == sorted(KEYS)
 
     assert "owns ranges" in str(ops.refused("shard", "delete", "s2", "--yes"))
@@ -189,7 +199,7 @@ def test_a_failed_job_is_an_exit_code(ops: Ops) -> None:
         store.save(job.to(Status.CLEANUP, outcome=Status.FAILED).to(Status.FAILED, error="the sides differ"), lease)
         lease.release()
     for command in (["reshard", "watch"], ["resharder", "run"]):
-        assert ops.json(*command, str(number), code=1)["error"] == "the sides differ"
+        assert json.loads(ops(*command, str(number), "--json", code=1).stdout)["error"] == "the sides differ"
         assert "the sides differ" in ops(*command, str(number), code=1).output
 
 
@@ -219,6 +229,7 @@ SECRET = "postgresql://u:s3cr3t@h/d"
         (["reshard", "cancel", "99", "--yes"], InvalidTopology, "no job 99"),
         (["resharder", "run", "99"], InvalidTopology, "no job 99"),
         (["resharder", "run", "--complete"], InvalidArgument, "only with a JOB"),
+        (["resharder", "run", "1", "--max-slot-wal", "much"], InvalidArgument, "max_slot_wal='much'"),
     ],
 )
 def test_wrong_input_is_named_without_a_secret(
@@ -246,9 +257,10 @@ def test_a_dry_run_makes_no_shard(ops: Ops) -> None:
     assert ops.json("shard", "list") == before
 
 
-def test_a_serving_resharder_takes_jobs_and_stops_at_a_signal(ops: Ops) -> None:
+def test_a_serving_resharder_takes_jobs_and_stops_at_a_signal(ops: Ops, tmp_path: Path) -> None:
+    metrics = tmp_path / "shardlib.prom"
     serving = subprocess.Popen(
-        [sys.executable, "-m", "shardlib_ops.cli.main", "resharder", "run", "--json"],
+        [sys.executable, "-m", "shardlib_ops.cli.main", "resharder", "run", "--json", "--metrics-file", str(metrics)],
         env={**os.environ, "SHARDLIB_CATALOG": ops.cluster.url},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -258,7 +270,9 @@ def test_a_serving_resharder_takes_jobs_and_stops_at_a_signal(ops: Ops) -> None:
         number = str(ops.json("reshard", "drain", "shard-02")["id"])
         assert "validation" in ops("reshard", "watch", number).output
         ops("reshard", "rollback", number, "--yes")
-        assert ops.json("reshard", "watch", number)["status"] == "rolled_back"
+        followed = ops.watched(number)
+        assert followed[-1]["status"] == "rolled_back"
+        assert all(one["id"] == int(number) and "progress" in one for one in followed)
         serving.send_signal(signal.SIGTERM)
         out, err = serving.communicate(timeout=60)
     finally:
@@ -267,4 +281,8 @@ def test_a_serving_resharder_takes_jobs_and_stops_at_a_signal(ops: Ops) -> None:
     assert serving.returncode == 0, err
     assert json.loads(out) == {"stopped": True}
     assert "Traceback" not in err
+    text = metrics.read_text()
+    assert f'shard_reshard_status{{job="{number}",status="rolled_back"}} 1' in text
+    assert "shard_manager_reshard_jobs_active 0" in text
+    assert [path.name for path in tmp_path.iterdir()] == [metrics.name]
     assert rows_of(ops) == sorted(KEYS)

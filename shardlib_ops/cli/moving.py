@@ -1,0 +1,103 @@
+"""What every command that makes a job takes, said once: `moves` gives these options to a command."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shardlib_ops.cli import given, jobs, render, resharder
+
+if TYPE_CHECKING:
+    from shardlib_ops.reshard.job import Job
+
+__all__ = ["Run", "moves"]
+
+Run = Annotated[bool, typer.Option("--run", help="Run the job here until it rests.")]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What is asked of a job besides what it moves."""
+
+    catalog: str
+    retention: float | None
+    dry_run: bool
+    run: bool
+    complete: bool
+    as_json: bool
+
+
+def _options(
+    *,
+    catalog: given.CatalogUrl,
+    retention: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds after the switch until it completes by itself; never if left out.", show_default=False
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would move.")] = False,
+    run: Run = False,
+    complete: Annotated[
+        bool, typer.Option("--complete", help="With --run: delete the old copies at once; there is no rollback then.")
+    ] = False,
+    as_json: given.AsJson = False,
+) -> _Options:
+    return _Options(catalog, retention, dry_run, run, complete, as_json)
+
+
+def moves(command: Callable[..., Mapping[str, Any]]) -> Callable[..., None]:
+    """A command that makes a job, or shows its plan.
+
+    Args:
+        command: turns what it takes itself into the arguments of the manager's method of its name.
+    """
+    own = inspect.signature(command, eval_str=True).parameters
+    common = inspect.signature(_options, eval_str=True).parameters
+
+    @wraps(command)
+    def make(**taken: Any) -> None:
+        options = _options(**{name: taken.pop(name) for name in common})
+        _begin(command.__name__, dict(command(**taken)), options)
+
+    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*own.values(), *common.values())]
+    make.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by typer
+    make.__annotations__ = {one.name: one.annotation for one in parameters}
+    return make
+
+
+def _begin(kind: str, arguments: dict[str, Any], options: _Options) -> None:
+    from shardlib.errors import InvalidArgument
+    from shardlib_ops.manager.manager import Manager
+
+    given.lasting(options.catalog)
+    if options.complete and not options.run:
+        raise InvalidArgument("complete", True, "only with --run; later: reshard complete JOB")
+    if options.run and options.dry_run:
+        raise InvalidArgument("run", True, "either --run or --dry-run")
+    arguments["retention_s"] = options.retention
+    targets = arguments.get("targets") or [one for one in [arguments.get("target")] if one]
+    with Manager.sync(options.catalog) as manager:
+        if options.dry_run:
+            names = jobs.names_of(manager.topology(), [one["name"] for one in targets if "name" in one])
+            plan = manager.plan(kind, **arguments)
+            if options.as_json:
+                render.document(jobs.plan_content(plan, names))
+            else:
+                jobs.show_plan(plan, names)
+            return
+        job: Job = getattr(manager, kind)(**arguments)
+        names = jobs.names_of(manager.topology())
+    if options.run:
+        if not options.as_json:
+            render.console().print(f"job {job.id} ({job.kind.value}) is made", markup=False)
+        resharder.run_job(options.catalog, job.id, complete=options.complete, as_json=options.as_json)
+    elif options.as_json:
+        render.document(jobs.job_content(job, names))
+    else:
+        jobs.show_job(job, names)
