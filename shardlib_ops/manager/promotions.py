@@ -58,6 +58,7 @@ class Promotions(Base):
         max_lag_bytes: int = 16 * 2**20,
         rejoin: Rejoin | None = None,
         on_step: Told | None = None,
+        lease_ttl_s: float = 10.0,
     ) -> Shard:
         """Let a replica become the primary of its shard, while applications go on.
 
@@ -73,6 +74,7 @@ class Promotions(Base):
             rejoin: makes the old primary a replica of the new one, such as `LocalCluster.rejoin`. None leaves it fenced
                 (its gates closed, its sessions read-only) and out of the topology: rebuild it, then `add_replica`.
             on_step: awaited with the name of each step when it is done.
+            lease_ttl_s: seconds after which another manager may take over when this one does not answer, 2 to 120.
 
         Returns:
             the shard as it is now.
@@ -87,7 +89,7 @@ class Promotions(Base):
         wanted = Wanted(budget_s=budget_s, max_lag_bytes=max_lag_bytes)
         topology = await self.topology()
         found = topology.shard(shard)
-        async with self._promoting(found) as lease:
+        async with self._promoting(found, lease_ttl_s) as lease:
             await self._refuse_open(found)
             seen = await self._fit(found, choose(found, replica_endpoint), wanted)
             record = await self._recorded(found, seen, lease)
@@ -188,9 +190,9 @@ class Promotions(Base):
     # -- parts ----------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _promoting(self, shard: Shard) -> AsyncIterator[Lease]:
+    async def _promoting(self, shard: Shard, ttl_s: float = _LEASE_S) -> AsyncIterator[Lease]:
         lease = await asyncio.to_thread(
-            self._catalog.acquire, f"promote-{shard.id}", ttl_s=_LEASE_S,
+            self._catalog.acquire, f"promote-{shard.id}", ttl_s=ttl_s,
             holder=f"{socket.gethostname()}/{getpid()}", wait_s=_LEASE_WAIT_S,
         )  # fmt: skip
         if lease is None:

@@ -127,9 +127,11 @@ class Promoter:
         try:
             topology = await self._load()
             if topology.shard(self.record.shard).primary == self.record.new:
+                await self._claim_new()
                 return await self._forward()
             await self._claim_old()
             if self.record.stage is Stage.PROMOTING and await self._was_promoted():
+                await self._claim_new()
                 return await self._forward()
             return await self._back(reason)
         except psycopg.Error as error:
@@ -142,6 +144,8 @@ class Promoter:
     async def _prepare(self) -> None:
         await self._claim_old()
         await self._step("claimed")
+        await self._old.ready(len(self.record.forward))
+        await self._new.ready()
         if self.record.synchronous:
             # What it may have kept from the time when it was the primary: it must not wait for itself.
             await self._new.set("synchronous_standby_names", "", shows="")
@@ -252,7 +256,6 @@ class Promoter:
     async def _forward(self) -> Promotion:
         """The replica was promoted: it gets its gates, the topology names it, the old primary becomes a replica."""
         record = self.record
-        await self._claim_new()
         await self._new.open_gates(record.forward)
         await self._drop_leftovers()
         await self._step("gates_opened")

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import psycopg
@@ -15,7 +16,6 @@ from shardlib.dsn import Dsn
 from shardlib.fence.gate import Closing, close_gate, list_gates, open_gate
 from shardlib_ops.reshard.connect import Runner, connect, connect_blocking
 from shardlib_ops.reshard.control import claimed
-from shardlib_ops.reshard.together import together
 
 __all__ = ["JOB", "Demoted", "Node", "Rejoin", "until"]
 
@@ -76,9 +76,13 @@ class Node:
         self.dsn, self._shard, self._runner = dsn, shard, runner
         self._check = claimed(runner).as_string()
         self._conn: AsyncConnection[Any] | None = None
+        self._gate_conns: dict[int, psycopg.Connection[Any]] = {}
 
     async def close(self) -> None:
-        """Close the connection; idempotent."""
+        """Close the connections; idempotent."""
+        kept, self._gate_conns = self._gate_conns, {}
+        for blocking in kept.values():
+            blocking.close()
         conn, self._conn = self._conn, None
         if conn is not None:
             with suppress(psycopg.Error):
@@ -170,33 +174,56 @@ class Node:
         row = await self.rows("SELECT status, sender_host, sender_port::text FROM pg_stat_wal_receiver")
         return bool(row) and row[0] == ("streaming", host, port)
 
-    # Gates: the functions of `fence.gate` block, so each runs in a thread with a connection of its own.
+    # Gates: the functions of `fence.gate` block, so each runs in a thread.
 
-    def _with_gates(self, call: Callable[[psycopg.Connection[Any]], T]) -> T:
-        with connect_blocking(self.dsn, shard=self._shard, application=self._runner.application("gates")) as conn:
+    async def ready(self, gates: int = 1) -> None:
+        """Connect now, with a connection for each of so many gates: there is no time for it when they are closed."""
+        await self.conn()
+        await _in_threads([partial(self._gate_conn, place) for place in range(gates)])
+
+    def _gate_conn(self, place: int) -> psycopg.Connection[Any]:
+        conn = self._gate_conns.get(place)
+        if conn is None or conn.closed or conn.broken:
+            conn = connect_blocking(self.dsn, shard=self._shard, application=self._runner.application("gates"))
+            self._gate_conns[place] = conn
             conn.execute("SET default_transaction_read_only = off")
-            return call(conn)
+        return conn
 
     async def gates(self) -> tuple[int, ...]:
         """The gates that are open here."""
-        return await asyncio.to_thread(self._with_gates, list_gates)
+        (found,) = await _in_threads([lambda: list_gates(self._gate_conn(0))])
+        return found
 
     async def open_gates(self, numbers: Sequence[int]) -> None:
         """Open these; idempotent."""
 
-        def opening(conn: psycopg.Connection[Any]) -> None:
+        def opening() -> None:
             for number in numbers:
-                open_gate(conn, number, check=self._check)
+                open_gate(self._gate_conn(0), number, check=self._check)
 
-        await asyncio.to_thread(self._with_gates, opening)
+        await _in_threads([opening])
 
     async def close_gates(self, numbers: Sequence[int], *, budget_s: float) -> list[Closing]:
         """Close these side by side."""
 
-        def closing(number: int) -> Closing:
-            return self._with_gates(lambda conn: close_gate(conn, number, budget_s=budget_s, check=self._check))
+        def closing(place: int, number: int) -> Closing:
+            return close_gate(self._gate_conn(place), number, budget_s=budget_s, check=self._check)
 
-        return await together(asyncio.to_thread(closing, number) for number in numbers)
+        return await _in_threads([partial(closing, place, number) for place, number in enumerate(numbers)])
+
+
+async def _in_threads(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Their results. All have ended when this returns or raises, also when it is cancelled: none works on unseen."""
+    running = asyncio.gather(*(asyncio.to_thread(call) for call in calls), return_exceptions=True)
+    try:
+        found = await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
+    for one in found:
+        if isinstance(one, BaseException):
+            raise one
+    return [one for one in found if not isinstance(one, BaseException)]
 
 
 async def arrives(primary: Node, replica: Node, timeout_s: float) -> bool:
