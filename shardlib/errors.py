@@ -3,10 +3,10 @@
 ::
 
     ShardlibError
-     ├─ RetryableError                     nothing of the work was applied; running it again is safe
+     ├─ RetryableError                     the work did not come about; running it again is safe
      │   ├─ StaleTopology                  the shard has closed the gate this client came through
-     │   ├─ ShardUnavailable               no server of the shard answered
-     │   ├─ CatalogUnavailable             the catalog did not answer
+     │   ├─ ShardUnavailable               no server of the shard answered, or it refused the login
+     │   ├─ CatalogUnavailable             the catalog did not answer, or it refused the login
      │   ├─ PoolTimeout                    no connection became free in time
      │   └─ LockTimeout                    a change of the tables waited too long for another transaction
      ├─ BulkLoadIncomplete                 a bulk load is committed on some shards and not on others
@@ -61,7 +61,12 @@ class ShardlibError(Exception):
 
 
 class RetryableError(ShardlibError):
-    """Nothing of the work was applied: running the whole unit of work again is safe."""
+    """The work did not come about, and running the whole of it again is safe.
+
+    A transaction left nothing behind. What is done in steps, such as tables on one shard after the other or a change of
+    the topology, may have come a part of the way: the same again completes it. Two of these errors have a `final`; if
+    it is True, running the work again is safe and useless until somebody changes what it tells.
+    """
 
 
 class StaleTopology(RetryableError):
@@ -143,7 +148,10 @@ class PoolTimeout(RetryableError):
 
 
 class LockTimeout(RetryableError):
-    """A change of a shard's tables waited too long for a lock that other transactions hold."""
+    """A change of a shard's tables waited too long for a lock that other transactions hold.
+
+    Nothing of it was applied there. Other shards may have their tables already.
+    """
 
     def __init__(self, shard: str, timeout_s: float, holders: str) -> None:
         super().__init__(shard, timeout_s, holders)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shardlib_ops.local import LocalCluster
+    from shardlib_ops.manager.bootstrap import NewShard, create_cluster
     from shardlib_ops.manager.manager import Manager
     from shardlib_ops.reshard.resharder import Resharder
 
-__all__ = ["LocalCluster", "Manager", "Resharder"]
+__all__ = ["LocalCluster", "Manager", "NewShard", "Resharder", "create_cluster"]
 
 
 def __getattr__(name: str) -> object:
@@ -24,6 +25,10 @@ def __getattr__(name: str) -> object:
         from shardlib_ops.manager.manager import Manager
 
         return Manager
+    if name in ("NewShard", "create_cluster"):
+        from shardlib_ops.manager import bootstrap
+
+        return getattr(bootstrap, name)
     if name == "Resharder":
         from shardlib_ops.reshard.resharder import Resharder
 

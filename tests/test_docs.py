@@ -163,7 +163,7 @@ def defaults_of(options: Any) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("heading", "options", "extra"),
     [
-        ("The engine", EngineOptions, {"echo": "False"}),
+        ("The engine", EngineOptions, {}),
         ("Connections", PoolOptions, {}),
         ("Retries", RetryPolicy, {}),
         ("Telemetry", TelemetryOptions, {}),
@@ -175,11 +175,25 @@ def test_the_options_and_their_defaults_are_listed(heading: str, options: Any, e
 
 def test_the_engine_takes_the_options_that_are_listed() -> None:
     named = {
-        parameter.name: repr(parameter.default)
+        parameter.name: parameter.default
         for parameter in inspect.signature(ShardedEngine).parameters.values()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
+    own = {field.name: field.default for field in dataclasses.fields(EngineOptions)}
+    # Both classes have defaults of their own, which stand for None in the signature.
+    assert named == {**own, "retry": None, "telemetry": None}
     assert set(named) == set(listed_options("The engine"))
+    shown = str(inspect.getdoc(ShardedEngine))
+    assert not [name for name in named if f"\n    {name}: " not in shown]
+
+
+@pytest.mark.parametrize("method", ["bulk_load", "create_all", "drop_all", "settle", "refresh", "register"])
+def test_both_engines_take_the_same_with_the_same_defaults(method: str) -> None:
+    def keywords(engine: type) -> dict[str, object]:
+        taken = inspect.signature(getattr(engine, method)).parameters.values()
+        return {one.name: one.default for one in taken if one.kind is one.KEYWORD_ONLY}
+
+    assert keywords(ShardedEngine) == keywords(AsyncShardedEngine)
 
 
 @pytest.mark.parametrize("script", ["demo", "test"])
