@@ -46,18 +46,21 @@ def _count(number: float | None) -> str:
     return _UNKNOWN if number is None else f"{number:,.0f}"
 
 
-def summary(progress: JobProgress) -> str:
-    """The most that one line can say: how much is copied, how far behind the streams are."""
+def summary(progress: JobProgress, *, brief: bool = False) -> str:
+    """The most that one line can say: how much is copied, how far behind the streams are.
+
+    Args:
+        progress: of a job.
+        brief: leave out what `tables` shows.
+    """
     parts = [f"{progress.fraction:.0%}"]
     if progress.activity:
         parts.append(f"{progress.activity} for {_time(progress.activity_s)}")
-    if progress.status in ("pending", "precopy"):
-        if progress.keys is not None:
-            parts.append(f"{progress.keys:,} keys" + ("" if progress.keys_exact else " so far"))
+    if progress.status in ("pending", "precopy") and progress.keys is not None:
+        parts.append(f"{progress.keys:,} keys" + ("" if progress.keys_exact else " so far"))
+    if not brief:
         parts += [_copying(table) for table in progress.tables if not table.done and table.rows]
-    for stream in progress.streams:
-        if stream.lag_bytes is not None or stream.changes is not None:
-            parts.append(_streaming(stream))
+        parts += [_streaming(stream) for stream in progress.streams if stream.changes is not None]
     if progress.status == "cleanup" and progress.deleted_rows is not None:
         parts.append(f"{progress.deleted_rows:,} rows deleted")
     return ", ".join(parts)

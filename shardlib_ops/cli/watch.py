@@ -61,11 +61,14 @@ def _display(to: To, names: jobs.Names) -> Iterator[Show]:
 def _picture(job: Job, wish: Wish, told: JobProgress | None) -> RenderableType:
     from rich.console import Group
     from rich.progress_bar import ProgressBar
+    from rich.table import Table
     from rich.text import Text
 
     parts: list[RenderableType] = [Text(jobs.line(job, wish), style="bold")]
     if told is not None:
-        parts += [ProgressBar(total=1.0, completed=told.fraction, width=40), Text(progress.summary(told))]
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(ProgressBar(total=1.0, completed=told.fraction, width=40), Text(progress.summary(told, brief=True)))
+        parts.append(bar)
         parts += progress.tables(told)
         parts += [Text(said, style="yellow") for said in progress.lines(told)]
         parts.append(Text(f"told at {told.at}", style="dim"))

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import json
+import re
+
 import pytest
+from rich.console import Console
 
 from shardlib.catalog import Conflict, open_catalog
 from shardlib.errors import InvalidArgument, InvalidTopology
+from shardlib_ops.cli import progress, watch
+from shardlib_ops.reshard.job import Job, Kind, Status, Wish
 from shardlib_ops.reshard.progress import JobProgress, StreamProgress, TableProgress, Waiting, metrics_text
 from shardlib_ops.reshard.progress.model import decode_progress, encode_progress
 from shardlib_ops.reshard.progress.rate import Rate, Trend
@@ -166,3 +173,93 @@ def test_progress_is_stored_beside_the_record_while_the_lease_is_held() -> None:
     assert found is not None
     assert found.at == "read again"
     catalog.close()
+
+
+def copying() -> JobProgress:
+    return JobProgress(
+        job=7,
+        at="2026-11-24T02:00:01.000+00:00",
+        status="precopy",
+        activity="copy",
+        activity_s=83,
+        fraction=0.31,
+        keys=1_204_551,
+        keys_exact=True,
+        tables=(
+            TableProgress(
+                leg=1, table="orders", rows=1_200, rows_total=3_400, bytes=230 * MIB, rows_per_s=88, eta_s=25
+            ),
+            TableProgress(leg=1, table="items"),
+        ),
+        streams=(
+            StreamProgress(
+                leg=1, direction="forward", lag_bytes=400 * MIB, changes=5, falls_behind=True, wal_status="unreserved",
+                retained_bytes=1 << 30,
+            ),
+        ),
+        waiting=(Waiting(kind="transaction", shard="a", text="process 812 of app", pid=812, since="2026-11-24T01:58"),),
+        warnings=("it falls behind",),
+    )  # fmt: skip
+
+
+JOB = Job(7, Kind.SPLIT, (), status=Status.PRECOPY, started_at="2026-11-24T01:00")
+
+
+def test_the_picture_of_a_terminal_names_all_that_matters() -> None:
+    out = io.StringIO()
+    Console(file=out, force_terminal=True, width=140).print(watch._picture(JOB, Wish.RUN, copying()))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
+    rows = text.splitlines()
+    assert rows[0] == "job 7: precopy"
+    assert "31%, copy for 1 min 23 s, 1,204,551 keys" in text
+    (orders,) = [row for row in rows if "orders" in row]
+    assert orders.split() == ["1", "orders", "1,200", "~3,400", "230.0", "MiB", "88", "?", "25", "s"]
+    (items,) = [row for row in rows if "items" in row]
+    assert items.split() == ["1", "items", "0", "?", "0", "B", "?", "?", "?"]
+    (stream,) = [row for row in rows if "forward" in row]
+    assert "400.0 MiB" in stream
+    assert "never, at this rate" in stream
+    assert "1.0 GiB (unreserved)" in stream
+    assert "warning: it falls behind" in text
+    assert "waits for: process 812 of app, since 2026-11-24T01:58" in text
+    Console(file=out, width=140).print(watch._picture(JOB, Wish.RUN, None))
+
+
+def test_one_line_says_the_most_of_it() -> None:
+    said = progress.summary(copying())
+    assert said == (
+        "31%, copy for 1 min 23 s, 1,204,551 keys, orders 1,200 of ~3,400 rows, 88 rows/s, ?/s, 25 s left, "
+        "stream 1 is 400.0 MiB and ? behind"
+    )
+
+
+def test_lines_elsewhere_are_news_and_not_the_same_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
+    show = watch._plain_lines()
+    show(JOB, Wish.RUN, copying())
+    first = capsys.readouterr().out.splitlines()
+    assert first == [
+        "job 7: precopy",
+        "  warning: it falls behind",
+        "  waits for: process 812 of app, since 2026-11-24T01:58",
+    ]
+    show(JOB, Wish.RUN, copying())
+    assert capsys.readouterr().out == ""
+    now = 6.0
+    show(JOB, Wish.RUN, copying())
+    assert capsys.readouterr().out.startswith("  31%, copy for")
+    show(JOB.changed(paused=True), Wish.PAUSE, copying())
+    assert "paused" in capsys.readouterr().out
+
+
+def test_lines_of_json_are_told_once_each(capsys: pytest.CaptureFixture[str]) -> None:
+    show = watch._lines_of_json({})
+    for told in (None, None, copying()):
+        show(JOB, Wish.RUN, told)
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["progress"] is None
+    assert second["progress"]["tables"][1]["rows_total"] is None
+    assert second["progress"]["waiting"][0]["pid"] == 812
