@@ -9,21 +9,18 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import tuple_row
 
+from shardlib.fence.holding import LOCK_HOLDERS
+
 __all__ = ["holders_of"]
 
 _SHOWN_MAX: Final = 3
 # What a CREATE INDEX or a new foreign key does not have to wait for: readers.
 _READING: Final = ("AccessShareLock", "RowShareLock")
-_HOLDERS: Final = """
+_HOLDERS: Final = f"""
     SELECT DISTINCT ON (l.pid, p.gid) l.pid, p.gid, c.relname, a.usename, a.application_name, a.state,
            extract(epoch FROM now() - coalesce(a.xact_start, p.prepared))::float8
-      FROM pg_locks l JOIN pg_class c ON c.oid = l.relation
-      LEFT JOIN pg_stat_activity a ON a.pid = l.pid
-      LEFT JOIN pg_locks x ON l.pid IS NULL AND x.virtualtransaction = l.virtualtransaction
-            AND x.locktype = 'transactionid' AND x.granted AND x.pid IS NULL
-      LEFT JOIN pg_prepared_xacts p ON p.transaction = x.transactionid
-     WHERE l.granted AND l.locktype = 'relation' AND l.pid IS DISTINCT FROM pg_backend_pid()
-       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      {LOCK_HOLDERS}
+       AND l.pid IS DISTINCT FROM pg_backend_pid()
        AND l.relation IN (SELECT to_regclass(name) FROM unnest(%s::text[]) AS name)
        AND l.mode <> ALL (%s)
 """

@@ -18,6 +18,7 @@ from psycopg import sql
 from psycopg.rows import tuple_row
 
 from shardlib.errors import InvalidArgument, InvalidTopology
+from shardlib.fence.holding import LOCK_HOLDERS
 from shardlib.fence.sql import MIGRATIONS, SCHEMA_VERSION
 
 __all__ = ["Closing", "Holder", "close_gate", "holders", "install", "list_gates", "open_gate"]
@@ -227,17 +228,12 @@ def holders(conn: psycopg.Connection[Any], number: int) -> tuple[Holder, ...]:
     """The transactions that hold a gate, oldest first, prepared ones included; empty if the gate is closed."""
     rows = _fetch(
         conn,
-        """
+        f"""
         SELECT l.pid, p.gid, coalesce(a.usename::text, p.owner::text), coalesce(a.application_name, ''),
                coalesce(a.state, 'prepared'),
                extract(epoch FROM now() - coalesce(a.xact_start, p.prepared))::float8, a.wait_event
-          FROM pg_locks l
-          LEFT JOIN pg_stat_activity a ON a.pid = l.pid
-          LEFT JOIN pg_locks x ON l.pid IS NULL AND x.virtualtransaction = l.virtualtransaction
-                AND x.locktype = 'transactionid' AND x.granted AND x.pid IS NULL
-          LEFT JOIN pg_prepared_xacts p ON p.transaction = x.transactionid
-         WHERE l.locktype = 'relation' AND l.granted AND l.mode = 'AccessShareLock'
-           AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+          {LOCK_HOLDERS}
+           AND l.mode = 'AccessShareLock'
            AND l.relation = to_regclass(%s)::oid
          ORDER BY 6 DESC NULLS LAST
         """,

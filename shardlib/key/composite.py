@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from shardlib.errors import InvalidShardKey
 
-__all__ = ["copy_key", "join_parts", "split_parts"]
+__all__ = ["SEPARATOR", "copy_key", "join_parts"]
 
 SEPARATOR = b"\0"
 """What stands between two parts."""
@@ -37,11 +37,6 @@ def join_parts(parts: Iterable[bytes]) -> bytes:
     if key.count(SEPARATOR) != len(listed) - 1:
         raise InvalidShardKey(listed, "a part holds a zero byte, which PostgreSQL's text never does")
     return key
-
-
-def split_parts(key: bytes) -> tuple[bytes, ...]:
-    """The parts that `join_parts` joined."""
-    return tuple(key.split(SEPARATOR))
 
 
 def copy_key(fields: Sequence[bytes]) -> bytes:

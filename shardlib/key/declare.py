@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Column, Index, MetaData, PrimaryKeyConstraint, Table, UniqueConstraint
+from sqlalchemy import Column, Index, PrimaryKeyConstraint, Table, UniqueConstraint
 from sqlalchemy.dialects.postgresql import ExcludeConstraint
 
 from shardlib.errors import InvalidArgument, InvalidShardKey, InvalidTopology, ShardKeyRequired
 from shardlib.key.columns import PartEncoder, part_encoder
 from shardlib.key.composite import join_parts
 
-__all__ = ["KeySpec", "describe", "describe_all"]
+__all__ = ["KeySpec", "describe"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,17 +86,6 @@ def describe(table: Table) -> KeySpec:
     if found is None:
         found = _described[table] = _read(table)
     return found
-
-
-def describe_all(metadata: MetaData) -> dict[str, KeySpec]:
-    """`describe` of every table, by its key in the MetaData, in the order of its dependencies.
-
-    Raises:
-        ShardKeyRequired: a table says neither.
-        InvalidShardKey: a table's key cannot be one.
-        InvalidTopology: a table's uniqueness cannot be kept.
-    """
-    return {table.key: describe(table) for table in metadata.sorted_tables}
 
 
 _described: WeakKeyDictionary[Table, KeySpec] = WeakKeyDictionary()

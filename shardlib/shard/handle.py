@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
 from sqlalchemy.engine import Dialect
@@ -13,10 +13,11 @@ from sqlalchemy.util import LRUCache
 from shardlib.dsn import Dsn
 from shardlib.errors import InvalidArgument
 from shardlib.shard.budget import ConnectionBudget
+from shardlib.shard.context import PoolContext, PoolStats
 from shardlib.shard.dialect import SharedDialect
 from shardlib.shard.engine import ShardEngine, url_of
 from shardlib.shard.options import ROLES, Echo, PoolOptions, Role
-from shardlib.shard.pool import PoolContext, PoolStats, ShardPool
+from shardlib.shard.pool import ShardPool
 from shardlib.waits import Ticker, Waits, forget_after_fork
 
 __all__ = ["ShardPools"]
@@ -122,15 +123,6 @@ class ShardPools:
                 self._engines[shard_id, role] = engine
             return engine
 
-    def warm(self, shard_ids: Iterable[str], role: Role = "primary") -> None:
-        """Open a connection of each of these pools that has none idle, side by side.
-
-        Raises:
-            ShardUnavailable: of the first such shard, with the others as notes.
-        """
-        pools = [_pool(self.engine(shard_id, role)) for shard_id in dict.fromkeys(shard_ids)]
-        self._waits.run_all([_opening(pool) for pool in pools if pool.cold])
-
     def drop(self, shard_id: str) -> None:
         """The shard is gone from the topology: close its idle connections now, the others when they come back."""
         with self._lock:
@@ -172,7 +164,3 @@ class ShardPools:
 
 def _pool(engine: ShardEngine) -> ShardPool:
     return cast("ShardPool", engine.pool)  # not a property of the engine: `Engine.dispose` puts a new pool there
-
-
-def _opening(pool: ShardPool) -> Callable[[], None]:
-    return lambda: pool.connect().close()

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, MetaData, Table, create_engine, delete, text,
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
-from shardlib.key.composite import split_parts
+from shardlib.key.composite import SEPARATOR
 from shardlib.shard.dialect import SharedDialect
 from shardlib_ops import LocalCluster
 from tests.property.test_route_oracle import META, A, B, C, Maker, R, key_of, rows_of
@@ -56,7 +56,7 @@ class Databases:
         keys = sorted({key_of(table, row) for table in (A, B, C) for row in rows[table]})
         hidden = {key: rng.choice(JOBS) for key in keys if rng.random() < 0.4}
         for key, job in hidden.items():
-            first, *more = (part.decode() for part in split_parts(key))
+            first, *more = (part.decode() for part in key.split(SEPARATOR))
             insert = f"INSERT INTO shardlib.job_{job}_keys (k, more) VALUES (:k, CAST(:more AS text[]))"
             self.mixed.execute(text(insert), {"k": first, "more": more})
         count = 0

@@ -73,17 +73,17 @@ def test_the_last_returned_connection_is_used_first(make: Make) -> None:
     client.run(body)
 
 
-def test_pools_are_opened_when_used_and_warmed_side_by_side(make: Make) -> None:
+def test_pools_are_opened_when_used(make: Make) -> None:
     client = make()
 
     def body() -> None:
         assert client.pools.engine("s1") is client.pools.engine("s1")
         client.pools.engine("s2")
         assert [s.size for s in client.pools.stats()] == [0, 0]
-        client.pools.warm(["s1", "s2", "s1"])
+        client.side_by_side([partial(client.pid, shard_id) for shard_id in ("s1", "s2")])
         assert [s.idle for s in client.pools.stats()] == [1, 1]
-        client.pools.warm(["s1", "s2"])
-        assert sorted(client.connected) == ["s1", "s2"], "those that are warm are left alone"
+        client.side_by_side([partial(client.pid, shard_id) for shard_id in ("s1", "s2")])
+        assert sorted(client.connected) == ["s1", "s2"], "what is idle is used again"
 
     client.run(body)
 
@@ -262,7 +262,8 @@ def test_idle_connections_are_closed_in_time(make: Make, database: str) -> None:
     client = make(idle_s=0.2, application_name="idle-test")
 
     def body() -> None:
-        client.pools.warm(["s1", "s2"])
+        client.pid("s1")
+        client.pid("s2")
         assert sessions(database, "idle-test") == 2
         client.eventually(lambda: not client.pools.budget.open, 20, "the reaper closes them")
         eventually(lambda: sessions(database, "idle-test") == 0, 5)
@@ -474,7 +475,7 @@ def aclient(database: str) -> Iterator[Client]:
 
 
 def test_connections_end_with_their_event_loop(aclient: Client, database: str) -> None:
-    aclient.run(partial(aclient.pools.warm, ["s1"]))
+    aclient.run(partial(aclient.pid, "s1"))
     assert aclient.pools.budget.open == 0
     eventually(lambda: sessions(database, "aio-test") == 0, 5)
     aclient.run(aclient.pid)

@@ -17,6 +17,7 @@ def eventually(
     *,
     every_s: float = 0.02,
     ignore: type[Exception] | tuple[type[Exception], ...] = (),
+    sleep: Callable[[float], None] = time.sleep,
 ) -> T:
     """Ask until the answer is true, and return it.
 
@@ -26,18 +27,24 @@ def eventually(
         what: said in the failure; the condition's name if left out.
         every_s: pause between two questions, in seconds.
         ignore: errors of the condition that mean "not yet".
+        sleep: waits that many seconds; one that lets tasks of an event loop go on, where there are some.
 
     Raises:
         AssertionError: it did not become true; the message holds the last answer or error.
     """
-    deadline = time.monotonic() + within_s
+    limit = _Limit(condition, within_s, what)
     while True:
-        seen, answer = _ask(condition, ignore)
-        if answer:
-            return answer
-        if time.monotonic() >= deadline:
-            raise AssertionError(_failure(condition, what, within_s, seen))
-        time.sleep(every_s)
+        seen: object
+        try:
+            answer = condition()
+        except ignore as error:
+            seen = error
+        else:
+            if answer:
+                return answer
+            seen = answer
+        limit.not_yet(seen)
+        sleep(every_s)
 
 
 async def eventually_async(
@@ -49,28 +56,29 @@ async def eventually_async(
     ignore: type[Exception] | tuple[type[Exception], ...] = (),
 ) -> T:
     """`eventually` for a coroutine function."""
-    deadline = time.monotonic() + within_s
+    limit = _Limit(condition, within_s, what)
     while True:
+        seen: object
         try:
             answer = await condition()
+        except ignore as error:
+            seen = error
+        else:
             if answer:
                 return answer
-            seen = repr(answer)
-        except ignore as error:
-            seen = repr(error)
-        if time.monotonic() >= deadline:
-            raise AssertionError(_failure(condition, what, within_s, seen))
+            seen = answer
+        limit.not_yet(seen)
         await asyncio.sleep(every_s)
 
 
-def _ask(condition: Callable[[], T], ignore: type[Exception] | tuple[type[Exception], ...]) -> tuple[str, T | None]:
-    try:
-        answer = condition()
-    except ignore as error:
-        return repr(error), None
-    return repr(answer), answer
+class _Limit:
+    """The time that a condition has to become true."""
 
+    def __init__(self, condition: Callable[[], Any], within_s: float, what: str) -> None:
+        self._within_s, self._deadline = within_s, time.monotonic() + within_s
+        self._name = what or getattr(condition, "__name__", repr(condition))
 
-def _failure(condition: Callable[[], Any], what: str, within_s: float, seen: str) -> str:
-    name = what or getattr(condition, "__name__", repr(condition))
-    return f"not within {within_s:g} s: {name}; last seen: {seen}"
+    def not_yet(self, seen: object) -> None:
+        """Raise AssertionError if there is no time left; `seen` is the last answer, or the error that counts as one."""
+        if time.monotonic() >= self._deadline:
+            raise AssertionError(f"not within {self._within_s:g} s: {self._name}; last seen: {seen!r}")

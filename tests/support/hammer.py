@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -163,12 +163,6 @@ def held_by(topology: Topology, shard_id: str) -> Held:
         counters = dict(conn.execute("SELECT key, v FROM counter").fetchall())
         registers = dict(conn.execute("SELECT key, v FROM register").fetchall())
     return Held(shard.name, bag, counters, registers)
-
-
-def until(condition: Callable[[], bool], work: Callable[[], None]) -> None:
-    """Run `work` again and again until the condition holds."""
-    while not condition():
-        work()
 
 
 def soak_seconds(default: float) -> float:

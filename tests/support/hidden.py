@@ -19,7 +19,7 @@ from shardlib import ShardedEngine
 from shardlib.catalog import open_catalog
 from shardlib.fence import close_gate, list_gates, open_gate
 from shardlib.key import describe
-from shardlib.key.composite import split_parts
+from shardlib.key.composite import SEPARATOR
 from shardlib.ring import TokenRange
 from shardlib.topology import Move, Topology
 from shardlib.topology.moving import announce, finish, give_back, switch
@@ -108,7 +108,7 @@ class Moving:
             if moved:
                 with self.databases[TARGET].begin() as conn:
                     conn.execute(table.insert(), moved)
-        texts = [[part.decode() for part in split_parts(key)] for key in keys]
+        texts = [[part.decode() for part in key.split(SEPARATOR)] for key in keys]
         for conn in self._servers.values():
             conn.cursor().executemany(
                 f"INSERT INTO shardlib.job_{JOB}_keys (k, more) VALUES (%s, %s)",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from shardlib.dsn import Dsn
 from shardlib.errors import InvalidTopology
 from shardlib.shard import PoolOptions, Role, ShardPools
 from shardlib.waits import GreenletWaits, ThreadWaits, Waits
+from tests.support.eventually import eventually
 
 
 class Client:
@@ -65,17 +65,8 @@ class Client:
     def eventually(
         self, condition: Callable[[], object], within_s: float, what: str, *, ignore: tuple[type[Exception], ...] = ()
     ) -> None:
-        """Ask until the answer is true; as `tests.support.eventually`, and other tasks of the loop go on meanwhile."""
-        deadline = time.monotonic() + within_s
-        while True:
-            try:
-                if condition():
-                    return
-            except ignore:
-                pass  # not yet
-            if time.monotonic() >= deadline:
-                raise AssertionError(f"not within {within_s:g} s: {what}")
-            self.waits.sleep(0.02)
+        """As `tests.support.eventually`; other tasks of the loop go on meanwhile."""
+        eventually(condition, within_s, what, ignore=ignore, sleep=self.waits.sleep)
 
     def side_by_side(self, calls: list[Callable[[], Any]]) -> None:
         """Run each call in a thread or task of its own."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 
 from shardlib.errors import InvalidShardKey
-from shardlib.key import copy_key, encode_key, join_parts, split_parts
+from shardlib.key import copy_key, encode_key, join_parts
 
 
 def test_parts_are_joined_by_a_zero_byte() -> None:
     assert join_parts([b"acme", b"42"]) == bytes.fromhex("61636d65 00 3432")
-    assert split_parts(b"acme\x0042") == (b"acme", b"42")
 
 
 def test_one_part_is_the_part_itself() -> None:

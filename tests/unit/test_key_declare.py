@@ -17,7 +17,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from shardlib.errors import InvalidArgument, InvalidShardKey, InvalidTopology, ShardKeyRequired
-from shardlib.key import KeySpec, describe, describe_all, encode_key
+from shardlib.key import KeySpec, describe, encode_key
 
 KEY = {"shard_key": True}
 U = UUID("0e984725-c51c-4bf4-9960-e1c80e27aba0")
@@ -320,20 +320,6 @@ def test_a_primary_key_is_never_for_each_shard_only() -> None:
                 sa.PrimaryKeyConstraint("id", info={"per_shard": True}),
             )
         )
-
-
-def test_all_tables_of_a_metadata() -> None:
-    metadata = sa.MetaData()
-    sa.Table("currency", metadata, sa.Column("id", sa.Integer, primary_key=True), info={"reference": True})
-    sa.Table(
-        "orders",
-        metadata,
-        sa.Column("k", sa.Text, primary_key=True, info=KEY),
-        sa.Column("currency", sa.ForeignKey("currency.id")),
-    )
-    specs = describe_all(metadata)
-    assert list(specs) == ["currency", "orders"]
-    assert [spec.reference for spec in specs.values()] == [True, False]
 
 
 def test_a_description_is_read_once_and_dies_with_its_table() -> None:
