@@ -162,6 +162,11 @@ class Gated(Talking):
         results = yield from generators.execute(self.pgconn)
         last = results[-1]
         if last.status != FATAL:
+            if self.primary_only and self.pgconn.parameter_status(b"in_hot_standby") == b"on":
+                # It has the gates of its primary, but not all of what was written behind them.
+                if began:
+                    yield from self._exec_command(b"ROLLBACK")
+                raise GateClosed(gates)
             return
         error = self._error(last)
         if began and self.pgconn.transaction_status == INERROR:

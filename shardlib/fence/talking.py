@@ -30,6 +30,8 @@ class Talking(_Base):
     shard_name: str = "?"
     sealed: bool = False
     """Once set, a transaction starts only with the gates of `arm`. Unset while the driver sets a connection up."""
+    primary_only: bool = True
+    """Whether a replica refuses as if its gates were closed: an old primary may have become one."""
     rolling_back: bool = False
     """Whether a ROLLBACK was sent whose answer nobody has read yet."""
 

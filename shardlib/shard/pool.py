@@ -239,6 +239,8 @@ class ShardPool(Pool):
         """SQLAlchemy's creator: one attempt through the breaker."""
         entry = cast("PoolEntry", connection_record)
         member, context = self.member, self.context
+        # Before the endpoint is read: who outdates the pool meanwhile means this connection too.
+        epoch = member.epoch
         dsn = self._latest()
         conninfo = conninfo_of(dsn, context.options)
         self._budget.begin_attempt(member)
@@ -261,7 +263,7 @@ class ShardPool(Pool):
         self._budget.end_attempt(member, None, jitter)
         driver = self._dialect.get_driver_connection(connection)
         try:
-            self._adopt(entry, driver, dsn, jitter)
+            self._adopt(entry, driver, dsn, epoch, jitter)
             context.on_connect(driver, self.shard)
         except BaseException:
             self._close_connection(connection, terminate=True)
@@ -285,7 +287,7 @@ class ShardPool(Pool):
             return context.connection_class.connect(conninfo, **arguments)
         return context.dialect.dialect.connect(conninfo, async_creator_fn=context.connection_class.connect, **arguments)
 
-    def _adopt(self, entry: PoolEntry, driver: Any, dsn: Dsn, jitter: float) -> None:
+    def _adopt(self, entry: PoolEntry, driver: Any, dsn: Dsn, epoch: int, jitter: float) -> None:
         entry.owner = self._owner()
         entry.pgconn, entry.fenced = driver.pgconn, driver
         if not hasattr(driver, "rolling_back"):
@@ -293,7 +295,7 @@ class ShardPool(Pool):
         entry.poller = poller_of(driver.pgconn)
         entry.idle_since = now = monotonic()
         entry.expires_at = now + jittered_lifetime_s(self.context.options.max_lifetime_s, jitter)
-        entry.epoch = self.member.epoch
+        entry.epoch = epoch
         entry.set_up_until = now + self.context.options.connect_timeout_s
         entry.dsn = dsn
         with Section(self._budget), self._budget.lock:
