@@ -14,7 +14,7 @@ read through a subselect.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Boolean, ColumnElement, Table, and_
 from sqlalchemy.dialects.postgresql.psycopg import PGCompiler_psycopg
@@ -30,6 +30,10 @@ from shardlib.key.sql import key_text
 __all__ = ["OwnedOnlyCompiler"]
 
 _Write = TypeVar("_Write", Update, Delete)
+
+_BYTES: Final = 'COLLATE pg_catalog."default"'
+"""Keys are told apart by their bytes, also where a column's own collation takes two as equal: that of a database never
+does, and the key table's index is by it."""
 
 
 class _Owned(ColumnElement[bool]):
@@ -108,10 +112,10 @@ class OwnedOnlyCompiler(PGCompiler_psycopg):
         first, *others = (
             f"({key_text(self.process(column, **kw), type_name(column.type))})::text" for column in owned.columns
         )
-        more = f"ARRAY[{', '.join(others)}]" if others else "'{}'::text[]"
+        more = f"ARRAY[{', '.join(others)}] {_BYTES}" if others else "'{}'::text[]"
         return " AND ".join(
             f"NOT EXISTS (SELECT FROM shardlib.job_{job:d}_keys AS shardlib_{job:d} "
-            f"WHERE shardlib_{job:d}.k = {first} AND shardlib_{job:d}.more = {more})"
+            f"WHERE shardlib_{job:d}.k = {first} {_BYTES} AND shardlib_{job:d}.more = {more})"
             for job in dialect.hidden_jobs
         )
 

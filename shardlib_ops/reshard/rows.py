@@ -14,7 +14,7 @@ from shardlib.errors import InvalidTopology
 from shardlib.key.sql import key_text
 from shardlib.topology import Table
 
-__all__ = ["Column", "Identity", "TableShape", "read_shapes"]
+__all__ = ["Column", "Identity", "TableShape", "read_shapes", "same_key"]
 
 
 class Identity(StrEnum):
@@ -93,11 +93,12 @@ class TableShape:
         return sql.Composed([texts[0]]), rest
 
     def matches(self, alias: str = "t", keys: str = "k") -> sql.Composed:
-        """SQL: the row of `alias` has the key of the key table's row `keys`."""
+        """SQL: the row of `alias` has the key of the key table's row `keys`.
+
+        Compared byte by byte, as the key table's index does, whatever the collation of a column takes as equal.
+        """
         first, rest = self.key_parts(alias)
-        return sql.SQL("{keys}.k = {first} AND {keys}.more = {rest}").format(
-            keys=sql.Identifier(keys), first=first, rest=rest
-        )
+        return same_key(first, rest, keys)
 
     def column_list(self, alias: str | None = None) -> sql.Composed:
         """The stored columns, quoted, with commas."""
@@ -105,6 +106,13 @@ class TableShape:
             sql.Identifier(column.name) if alias is None else sql.Identifier(alias, column.name)
             for column in self.stored
         )
+
+
+def same_key(first: sql.Composable, rest: sql.Composable, keys: str = "k") -> sql.Composed:
+    """SQL: these two are the key of the key table's row `keys`. The collation of a database is always deterministic."""
+    return sql.SQL(
+        '{keys}.k = ({first}) COLLATE pg_catalog."default" AND {keys}.more = ({rest}) COLLATE pg_catalog."default"'
+    ).format(keys=sql.Identifier(keys), first=first, rest=rest)
 
 
 async def read_shapes(conn: AsyncConnection[Any], tables: Sequence[Table]) -> tuple[TableShape, ...]:

@@ -9,8 +9,8 @@ lag behind them by one step.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 from shardlib.errors import InvalidTopology
@@ -314,7 +314,7 @@ class JobRunner:
         if not all([await flow.usable() for flow in flows.values()]):
             return await self._one_way()
         since = self.world.now()
-        async with self.world.running(list(flows.values())):
+        async with self.world.running(list(flows.values())), self._checking_foreign_keys() as checking:
             while True:
                 wish = await self.world.wish()
                 if wish is Wish.ROLLBACK:
@@ -324,6 +324,10 @@ class JobRunner:
                     )
                     await self._to(Status.CLEANUP, outcome=Status.ROLLED_BACK, error=None)
                     return False
+                if not checking.done():
+                    await self.world.sleep(_LOOK_S)
+                    continue
+                checking.result()
                 if self._may_complete(wish, since):
                     break
                 if not self._stay and ready([flow.lag_bytes for flow in flows.values()], self.limits) is None:
@@ -331,6 +335,23 @@ class JobRunner:
                 await self.world.sleep(_LOOK_S)
         await self._to(Status.CLEANUP, outcome=Status.COMPLETED, purging=True, error=None)
         return False
+
+    @asynccontextmanager
+    async def _checking_foreign_keys(self) -> AsyncIterator[asyncio.Future[None]]:
+        """Those that were made on the targets before their rows were there are checked, while clients go on."""
+        checking = asyncio.ensure_future(self._check_foreign_keys())
+        try:
+            yield checking
+        finally:
+            checking.cancel()
+            await asyncio.wait([checking])
+            if not checking.cancelled():
+                checking.exception()  # who waited for it has looked
+
+    async def _check_foreign_keys(self) -> None:
+        left = [name for leg in self.job.legs for name in await self.world.validate_foreign_keys(leg)]
+        if left:
+            await self._note(f"foreign keys that hold on the source do not hold on the target: {', '.join(left)}")
 
     def _may_complete(self, wish: Wish, since: float) -> bool:
         kept = self.job.retention_s is not None and self.world.now() - since >= self.job.retention_s

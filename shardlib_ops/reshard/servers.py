@@ -17,6 +17,7 @@ from psycopg import AsyncConnection
 
 from shardlib.catalog import Catalog, Conflict, Lease
 from shardlib.errors import CatalogUnavailable
+from shardlib.ring import TokenRange
 from shardlib.topology import Topology
 from shardlib_ops.reshard.cleanup import purge
 from shardlib_ops.reshard.connect import Runner
@@ -29,6 +30,7 @@ from shardlib_ops.reshard.schema import (
     advance_sequences,
     copy_after_rows,
     copy_before_rows,
+    validate_foreign_keys,
 )
 from shardlib_ops.reshard.side import ShardSide, translated
 from shardlib_ops.reshard.store import JobStore
@@ -103,6 +105,7 @@ class Servers:
                 hash_function=topology.hash_function,
                 cluster_id=topology.cluster_id,
                 waits=self._tell_waits,
+                places=_places(job, topology, shard_id),
             )
             for shard_id in job.shards
         }
@@ -213,6 +216,15 @@ class Servers:
         self.progress.begins("indexes")
         await copy_after_rows(self.link(leg), self.references)
         self._sides[leg.target].forget_shapes()
+
+    @translated
+    async def validate_foreign_keys(self, leg: Leg) -> tuple[str, ...]:
+        """See `World.validate_foreign_keys`."""
+        left = await validate_foreign_keys(self.link(leg))
+        if left:
+            name = self._sides[leg.target].shard.name
+            _log.warning("job %d: foreign keys do not hold on shard %r: %s", self._job_id, name, ", ".join(left))
+        return left
 
     @translated
     async def copied(self, leg: Leg) -> bool:
@@ -421,6 +433,14 @@ class Servers:
             return await asyncio.to_thread(call)
         except CatalogUnavailable as error:
             raise Lost(str(error)) from error
+
+
+def _places(job: Job, topology: Topology, shard_id: str) -> list[tuple[str, tuple[TokenRange, ...]]]:
+    """The shards at the other ends of a shard's legs, by name, with what has moved there."""
+    ends = [(leg.target if leg.source == shard_id else leg.source, leg) for leg in job.legs]
+    return [
+        (topology.shard_by_id(other).name, leg.ranges) for other, leg in ends if shard_id in (leg.source, leg.target)
+    ]
 
 
 async def who_blocks(conn: AsyncConnection[Any]) -> str:

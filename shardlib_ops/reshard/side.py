@@ -16,6 +16,7 @@ from psycopg import errors as pg
 from shardlib.dsn import scrub
 from shardlib.errors import RetryableError, ShardlibError
 from shardlib.fence.gate import Closing, close_gate, install, list_gates, open_gate
+from shardlib.ring import TokenRange
 from shardlib.topology import Shard, Table
 from shardlib_ops.reshard.cleanup import retire
 from shardlib_ops.reshard.connect import Runner, connect, connect_blocking, is_lost, is_superseded
@@ -95,6 +96,7 @@ class ShardSide:
         hash_function: the cluster's.
         cluster_id: the cluster's.
         waits: see `World.waits`.
+        places: who has the rows when this shard does not: names of shards, with their ranges.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class ShardSide:
         hash_function: str,
         cluster_id: str,
         waits: Callable[[str | None], Awaitable[None]],
+        places: Sequence[tuple[str, Sequence[TokenRange]]] = (),
     ) -> None:
         self.job, self.runner, self.shard = job, runner, shard
         self.tables, self.hash_function, self.cluster_id = tuple(tables), hash_function, cluster_id
@@ -115,7 +118,7 @@ class ShardSide:
         self._gate_conn: psycopg.Connection[Any] | None = None
         self._shapes: tuple[TableShape, ...] | None = None
         self._before_guard: tuple[ForeignWriter, ...] | None = None
-        self._waits = waits
+        self._waits, self._places = waits, tuple(places)
         self._turn = asyncio.Lock()
         self._gate_turn = asyncio.Lock()
 
@@ -290,7 +293,14 @@ class ShardSide:
         self._before_guard = None
         async with self.using() as conn:
             if active:
-                await activate_guard(conn, self.runner, shapes, hash_function=self.hash_function, ranges=self.ranges)
+                await activate_guard(
+                    conn,
+                    self.runner,
+                    shapes,
+                    hash_function=self.hash_function,
+                    ranges=self.ranges,
+                    places=self._places,
+                )
             else:
                 await deactivate_guard(conn, self.runner, shapes)
 

@@ -214,6 +214,17 @@ class World(Protocol):
         """The target has the source's indexes and constraints."""
         ...
 
+    async def validate_foreign_keys(self, leg: Leg) -> tuple[str, ...]:
+        """Check the target's foreign keys that were made before its rows were there; no writer waits for it.
+
+        Returns:
+            those that do not hold, as `table.constraint`; they stay as they are.
+
+        Raises:
+            Blocked: a lock could not be had.
+        """
+        ...
+
     async def copied(self, leg: Leg) -> bool:
         """Whether the leg's copy is whole, its slot included."""
         ...

@@ -308,6 +308,11 @@ class FakeWorld:
         """See `World.schema_after_rows`."""
         await self.process.call(lambda: None)
 
+    async def validate_foreign_keys(self, leg: Leg) -> tuple[str, ...]:
+        """See `World.validate_foreign_keys`."""
+        await self.process.call(lambda: None)
+        return ()
+
     async def copied(self, leg: Leg) -> bool:
         """See `World.copied`."""
         target = self._ends(leg)[1]

@@ -25,7 +25,7 @@ from shardlib.token import hash_of
 from shardlib_ops.reshard.control import claimed, keys_table
 from shardlib_ops.reshard.link import Link
 from shardlib_ops.reshard.locks import lock_holders
-from shardlib_ops.reshard.rows import TableShape
+from shardlib_ops.reshard.rows import TableShape, same_key
 from shardlib_ops.reshard.world import Blocked
 
 __all__ = ["purge"]
@@ -185,7 +185,7 @@ class _Purge:
                 end=f"({first + self.blocks:d},0)",
                 # Not a join: it would be free to begin with the keys.
                 moved=sql.SQL("coalesce((SELECT true FROM {keys} AS k WHERE {same}), false)").format(
-                    keys=keys_table(self.link.runner.job), same=_same(*shape.key_parts("t"))
+                    keys=keys_table(self.link.runner.job), same=same_key(*shape.key_parts("t"))
                 ),
             )
         )
@@ -224,15 +224,8 @@ class _Purge:
             rest=rest,
             leaf=leaf,
             keys=keys_table(self.link.runner.job),
-            same=_same(sql.SQL("r.first"), sql.SQL("r.rest")),
+            same=same_key(sql.SQL("r.first"), sql.SQL("r.rest")),
         )
-
-
-def _same(first: sql.Composable, rest: sql.Composable) -> sql.Composed:
-    """SQL: these are the key of `k`, compared as the key table's index does, whatever the collation of a column."""
-    return sql.SQL(
-        'k.k = ({first}) COLLATE pg_catalog."default" AND k.more = ({rest}) COLLATE pg_catalog."default"'
-    ).format(first=first, rest=rest)
 
 
 # The tables that hold rows: the table itself, or the leaves of a partitioned one.
