@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent
 REPORTS = os.environ.get("SHARDLIB_REPORTS")
 EXAMPLE_TIMEOUT_S = 180
 TESTS_TIMEOUT_S = 1200
+SPEC_SKIPPED = 3
 
 nox.needs_version = ">=2024.10"
 nox.options.default_venv_backend = "none"
@@ -109,6 +110,17 @@ def schedules(session: nox.Session) -> None:
     `nox -s schedules -- --plant "no drain"`.
     """
     python(session, "-m", "tests.support.schedules", *session.posargs)
+
+
+@nox.session(default=False)
+def spec(session: nox.Session) -> None:
+    """Check the TLA+ models of docs/spec with TLC. It needs Java, and the jar: `TLA2TOOLS_JAR`, or from PyPI."""
+    command = [sys.executable, str(ROOT / "docs" / "spec" / "check.py"), *session.posargs]
+    ended = subprocess.run(command, timeout=TESTS_TIMEOUT_S, check=False).returncode
+    if ended == SPEC_SKIPPED:
+        session.skip("there is no Java or no tla2tools.jar, see above")
+    if ended:
+        session.error("a model did not come out as it says")
 
 
 @nox.session
