@@ -24,7 +24,7 @@ from shardlib.shard.options import Role
 from shardlib.shard.probe import answers, cut, dead, let_go, poller_of, sever
 from shardlib.waits import forget_after_fork
 
-__all__ = ["PoolContext", "PoolStats", "ShardPool"]
+__all__ = ["ShardPool"]
 
 _OK: Final = int(ConnStatus.OK)
 _IDLE: Final = int(TransactionStatus.IDLE)
@@ -225,13 +225,6 @@ class ShardPool(Pool):
             f"{now.in_use} in use, {now.idle} idle, {now.connecting} opening of {self.member.size_max}; "
             f"{budget.open} of {budget.limit} in this process; {now.waiting} waiting"
         )
-
-    @property
-    def cold(self) -> bool:
-        """Whether the next checkout here has to open a connection, and may."""
-        member = self.member
-        with Section(self._budget), self._budget.lock:
-            return not member.idle.get(self._owner()) and member.size < member.size_max
 
     # --------------------------------------------------------------------------------- physical connections
 
