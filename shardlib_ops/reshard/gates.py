@@ -1,8 +1,9 @@
 """Changes of the topology by a job, made before the old ways are broken: open, publish, close.
 
-A gate is opened in its shard's database before a topology names it, and closed after none does. Its number is taken by
-a compare-and-swap of its own first: whoever is slow, or heard no answer, holds numbers that nobody else gets, so that
-no gate which a topology has named is ever made again.
+A gate is opened in its shard's database before a topology names it, and closed after none does; but for a rollback,
+whose gates wait until the guard is down (`cutover`). Its number is taken by a compare-and-swap of its own first:
+whoever is slow, or heard no answer, holds numbers that nobody else gets, so that no gate which a topology has named is
+ever made again.
 """
 
 from __future__ import annotations

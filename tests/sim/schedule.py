@@ -14,6 +14,7 @@ from shardlib.dsn import Dsn
 from shardlib.ring import TokenRange, reassign
 from shardlib.topology import Shard, Topology
 from shardlib.topology.change import initial, renew_gates
+from shardlib.topology.model import MoveState
 from shardlib_ops.reshard.cutover import Limits
 from shardlib_ops.reshard.job import Job, Kind, Leg, Status, Wish, legs_of
 from shardlib_ops.reshard.runner import JobRunner
@@ -218,6 +219,7 @@ class Simulation:
         self._processes: list[Process] = []
         self._ended: asyncio.Queue[Job] | None = None
         self._named: dict[str, set[int]] = {shard_id: set(topology.gates_of(shard_id)) for shard_id in self.shards}
+        self._moved_away, self._open_late = set[str](), set[int]()
         self.violations: list[str] = []
         self._prepare_shards()
 
@@ -235,8 +237,15 @@ class Simulation:
             self.history.born[key] = self.loop.time() - 1
 
     def _published(self, after: Topology) -> None:
+        taken_back = {move.source for move in after.moves if move.state is MoveState.COPYING} & self._moved_away
+        self._moved_away = {move.source for move in after.moves if move.state is MoveState.SWITCHED}
         for gate in after.gates:
             self._named[gate.shard_id].add(gate.number)
+            if gate.ranges and gate.shard_id in taken_back:
+                # A rollback opens its gates when the guard is down, which stands until the swap is certain.
+                self._open_late.add(gate.number)
+            if gate.number in self._open_late:
+                continue
             if gate.number not in self.shards[gate.shard_id].ever_open:
                 self.violations.append(f"version {after.version} names gate {gate.number}, which was never opened")
 

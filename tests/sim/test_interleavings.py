@@ -141,15 +141,20 @@ def test_a_gate_number_is_not_used_again_when_others_are_faster(scenario: str, n
     assert renewed == [True, True]
 
 
+BEFORE_SWAP = {1: "gates_opened", 2: "handed_over"}
+"""The last step before the swap: of the switch, and of the rollback, whose gates open after it."""
+
+
 class _LosesASwap(FakeWorld):
-    """The swap after `gates_opened` is not answered, and arrives late."""
+    """The swap is not answered, and arrives late."""
 
     late_s = 0.0
     time = 1
 
     async def publish(self, after: Topology, *, expected: int) -> bool:
         sim = self.sim
-        if sim.steps and sim.steps[-1] == "gates_opened" and sim.steps.count("gates_opened") == self.time:
+        step = BEFORE_SWAP[self.time]
+        if sim.steps and sim.steps[-1] == step and sim.steps.count(step) == self.time:
             sim.loop.call_later(self.late_s, sim.catalog.swap, after, expected, self.lease.token)
             raise Lost("the swap was not answered")
         return await super().publish(after, expected=expected)
@@ -166,7 +171,7 @@ def test_a_swap_that_arrives_late_is_found_or_can_no_longer_happen(time: int, wi
             sim.catalog.ask(wish)
 
         final = Wish.COMPLETE if time == 1 else Wish.ROLLBACK
-        ends.add(run(types={"world_type": world}, at_step=at("gates_opened", ask, time), final=final).status)
+        ends.add(run(types={"world_type": world}, at_step=at(BEFORE_SWAP[time], ask, time), final=final).status)
     if time == 1:
         assert ends == ({Status.CANCELLED, Status.COMPLETED} if wish is Wish.CANCEL else {Status.COMPLETED})
     elif wish is Wish.COMPLETE:

@@ -11,6 +11,9 @@ The order is what makes it safe, and each step leans on the one before::
     sequences, reverse start the new side gives fresh numbers; the way back has no gap
     swap                     one compare-and-swap of the topology: the only step that counts
 
+The gates of the side that takes over are open before a switch. Those of a rollback open after it, when the guard of
+that side is down, which may not be before the swap is certain.
+
 The closed gate counts only when replicas that may be promoted have replayed its drop, and the barrier is written after
 the drop has committed and the guard stands: a position taken earlier would miss writes that were let in.
 """
@@ -112,22 +115,23 @@ class Cutover:
         except BaseException:
             await self._take_back()
             raise
-        await open_named(self.world, topology, after)
-        await self.step("gates_opened")
-        if self.direction == "reverse":
-            # As late as can be: from the swap on the old side's clients write there again.
-            await self._guard_sources(active=False)
+        if self.direction == "forward":
+            await self._open(topology, after)
         if not await self.world.publish(after, expected=after.version - 1):
             self.waiting_for = _OTHERS
             await self._take_back()
-            if self.direction == "reverse":
-                await self._guard_sources(active=True)
             return Outcome.GAVE_WAY
         await self.step("switched")
+        if self.direction == "reverse":
+            # The sources' guard stands until the swap is certain: what somebody without a gate wrote there before a
+            # swap that fails would be lost. Who comes by the new topology waits for its gates until the guard is down.
+            await together(self.world.side(shard_id).guard(active=False) for shard_id in self.job.sources)
+            await self._open(topology, after)
         return Outcome.SWITCHED
 
-    async def _guard_sources(self, *, active: bool) -> None:
-        await together(self.world.side(shard_id).guard(active=active) for shard_id in self.job.sources)
+    async def _open(self, before: Topology, after: Topology) -> None:
+        await open_named(self.world, before, after)
+        await self.step("gates_opened")
 
     def _expected(self, topology: Topology) -> tuple[object, ...]:
         moves = moves_of(topology, self.job.id)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import time
 from collections import Counter
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tests.support.schedules.arena import KEYS, Arena, Place, _with_path
 from tests.support.schedules.breaking import Breaker, RunnerProcess
 from tests.support.schedules.outsider import Outsider
 from tests.support.schedules.plan import JobPlan, Schedule
+from tests.support.schedules.plants import CLIENT_PLANTS, PLANTS
 from tests.support.schedules.verdict import History, check_all
 from tests.support.workload import Settings
 
@@ -34,7 +36,7 @@ JOB_S = 240.0
 """How long a job may take until it is over, its faults included."""
 STUCK_S = 75.0
 """How long it may take from one step to the next."""
-_LOOK_S = 0.05
+_LOOK_S = 0.1
 
 
 @dataclass
@@ -67,13 +69,13 @@ class Run:
         arena: where.
         schedule: what.
         folder: for the records and logs of its processes.
-        plant: a fault to put into the runners, or (`no gate`) into the clients.
+        plant: a fault to put into the runners or the clients.
     """
 
     def __init__(self, arena: Arena, schedule: Schedule, folder: Path, plant: str | None = None) -> None:
         self.arena, self.schedule, self.folder = arena, schedule, folder
-        self.client_plant = plant if plant == "no gate" else None
-        self.runner_plant = plant if plant != "no gate" else None
+        self.client_plant = plant if plant in CLIENT_PLANTS else None
+        self.runner_plant = plant if plant in PLANTS else None
         self.rng = random.Random(f"run {schedule.seed}")
         self.report = Report(schedule)
         self.outside: list[Write] = []
@@ -143,10 +145,9 @@ class Run:
                 facade=("sync", "asyncio", "sync")[number],
                 endpoints=self._straight if number == 2 else through,
                 isolation=self.schedule.isolation if number == 0 else None,
-                plant=self.client_plant,
             )
             log = str(self.folder / f"client-{number}.log")
-            process = processes.start(client.main, settings, self.schedule.two_phase, log)
+            process = processes.start(client.main, settings, self.schedule.two_phase, self.client_plant, log)
             stack.callback(processes.end, process)
             started.append(process)
         files = [self.folder / f"client-{number}.jsonl" for number in range(CLIENTS)]
@@ -216,6 +217,8 @@ class Run:
             topology = engine.topology
         history = History(self.folder / f"client-{number}.jsonl" for number in range(CLIENTS))
         history.events[Write] += self.outside
+        lines = [json.dumps({"kind": "Write", **asdict(write)}) for write in self.outside]
+        (self.folder / "outside.jsonl").write_text("".join(line + "\n" for line in lines))
         self.report.outcomes, self.report.errors = history.outcomes, history.errors
         self.report.refused = sum("SL002" in one.error or "moved" in one.error for one in self.outside)
         catalog = open_catalog(place.url)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from psycopg import AsyncConnection, sql
 
+from shardlib.fence import gated
 from shardlib.topology import Topology
 from shardlib_ops.reshard import control, runner, servers, side
 from shardlib_ops.reshard.connect import Runner
-from shardlib_ops.reshard.cutover import Cutover, attempt
+from shardlib_ops.reshard.cutover import Cutover
 from shardlib_ops.reshard.job import Job
 from shardlib_ops.reshard.servers import Servers
 from shardlib_ops.reshard.stream.apply import Key, Sink
@@ -36,16 +37,28 @@ def _without_comparison() -> None:
     Servers.compare_closed = _no_closed_compare  # type: ignore[method-assign]
 
 
+def _slow_target() -> None:
+    """Each batch of changes takes a while: what does not wait for it is seen to."""
+    write = Sink.write
+
+    async def slowly(self: Sink, changes: list[Change], keys: Iterable[bytes], *, lsn: int, last: bool) -> list[Key]:
+        await asyncio.sleep(0.3)
+        return await write(self, changes, keys, lsn=lsn, last=last)
+
+    Sink.write = slowly  # type: ignore[method-assign]
+
+
 def no_drain() -> None:
     """The switch does not wait for the streams."""
 
     async def drain(self: Cutover, number: int, until: float) -> None:
-        await self._guard_sources(active=True)
+        await together(self.world.side(shard_id).guard(active=True) for shard_id in self.serving)
         await self.step("guarded")
         await self.step("drained")
 
     Cutover._drain = drain  # type: ignore[method-assign]
     _without_comparison()
+    _slow_target()
 
 
 def barrier_before_gates() -> None:
@@ -107,6 +120,12 @@ def position_apart() -> None:
                 await advance(self, lsn)
         return fresh
 
+    async def rest(self: Sink, lsn: int) -> None:
+        async with self._conn.transaction():
+            await advance(self, lsn)
+        self._ended(lsn)
+
+    Sink.rest = rest  # type: ignore[method-assign]
     Sink._advance = rows_alone  # type: ignore[method-assign]
     Sink.write = then_position  # type: ignore[method-assign]
     _without_comparison()
@@ -155,31 +174,6 @@ def not_fenced() -> None:
     Servers.save = save  # type: ignore[method-assign]
 
 
-def reopen_the_same() -> None:
-    """A closed gate is opened again under its old number, and nothing ends a swap that nobody heard of."""
-
-    async def reopen(
-        world: World, job: Job, serving: Sequence[str], nonce: Callable[[], str], *, certain: bool = False
-    ) -> None:
-        topology = await world.topology()
-        for shard_id in serving:
-            await world.side(shard_id).guard(active=False)
-        for gate in attempt.moving_gates(topology, job.id):
-            await world.side(gate.shard_id).open_gate(gate.number)
-
-    attempt.reopen = reopen
-    runner.reopen = reopen  # type: ignore[attr-defined]
-
-
-def keys_not_handed_over() -> None:
-    """Keys that appear while rows move are not told to the other side, which then does not hide them."""
-
-    async def add_keys(self: side.ShardSide, keys: Sequence[Key]) -> None:
-        """Nothing is told."""
-
-    side.ShardSide.add_keys = add_keys  # type: ignore[method-assign]
-
-
 PLANTS: dict[str, Callable[[], None]] = {
     "no drain": no_drain,
     "barrier before the gates are closed": barrier_before_gates,
@@ -189,10 +183,31 @@ PLANTS: dict[str, Callable[[], None]] = {
 }
 """For the runners."""
 
-CLIENT_PLANTS = ("no gate", "older copies seen")
+
+def no_gate() -> None:
+    """Clients take no gate."""
+    gated.lock_sql = lambda gates: b"SELECT 1"
+
+
+def old_copies_seen() -> None:
+    """Clients do not leave out rows of copies that their shard does not own."""
+    Topology.hidden_on = lambda self, shard_id: ()  # type: ignore[method-assign]
+
+
+CLIENT_PLANTS: dict[str, Callable[[], None]] = {"no gate": no_gate, "old copies seen": old_copies_seen}
 """For the clients."""
+
+_LOST_SERVER = ("runner killed", "runner's connections cut", "postgres killed")
+_STALE_CLIENT = ("clients cut off from etcd", "client frozen")
+NEEDS: dict[str, tuple[str, ...]] = {
+    "gates stay open": _STALE_CLIENT,
+    "no gate": _STALE_CLIENT,
+    "position apart from the rows": _LOST_SERVER,
+    "runner not fenced": ("runner frozen", "runner cut off from etcd"),
+}
+"""Plant -> faults of which a schedule must have one, for the plant to be seen."""
 
 
 def plant(name: str) -> None:
     """Put a fault into this process."""
-    PLANTS[name]()
+    (PLANTS | CLIENT_PLANTS)[name]()
