@@ -8,6 +8,7 @@ the clients, and is done when it was found.
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import sys
@@ -15,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.support.schedules.many import ARENA_RUNS, several, total
-from tests.support.schedules.plants import PLANTS
+from tests.support.schedules.many import ARENA_RUNS, has, several, total
+from tests.support.schedules.plants import CLIENT_PLANTS, NEEDS, PLANTS
 
 
 def main() -> int:
@@ -26,11 +27,14 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=int(os.environ.get("SHARDLIB_SCHEDULES", "50")))
     parser.add_argument("--at-once", type=int, default=1, help="how many side by side, on servers of their own")
     parser.add_argument("--folder", type=Path, help="for records and logs of the runs; a temporary one if left out")
-    parser.add_argument("--plant", choices=[*PLANTS, "no gate"], help="put this fault in, and stop when it is found")
+    parser.add_argument(
+        "--plant", choices=[*PLANTS, *CLIENT_PLANTS], help="put this fault in, and stop when it is found"
+    )
     chosen = parser.parse_args()
     folder = chosen.folder or Path(tempfile.mkdtemp(prefix="schedules-"))
     print(f"records in {folder}", flush=True)
-    seeds = list(range(chosen.first, chosen.first + chosen.count))
+    numbers = itertools.count(chosen.first)
+    seeds = list(itertools.islice((n for n in numbers if has(n, NEEDS.get(chosen.plant, ()))), chosen.count))
     began = time.monotonic()
     parts = [seeds[at : at + ARENA_RUNS] for at in range(0, len(seeds), ARENA_RUNS)]
     if chosen.at_once > 1:

@@ -16,6 +16,7 @@ from uuid import uuid4
 from sqlalchemy import BigInteger, Column, MetaData, String, Table, Text, select, update
 
 from tests.support.appends import Append, Look, Transfer
+from tests.support.schedules import plants
 from tests.support.schedules.processes import speak_to
 from tests.support.workload import (
     KEY,
@@ -27,7 +28,6 @@ from tests.support.workload import (
     _short,
     go_through,
     outcome_of,
-    plant,
     run_async,
     run_sync,
 )
@@ -47,7 +47,7 @@ ballast = Table(
 
 stopping = threading.Event()
 two_phase = False
-_PAUSE_S = 0.05
+_PAUSE_S = 0.15
 
 
 class ScheduleWorker(Worker):
@@ -114,19 +114,21 @@ class ScheduleWorker(Worker):
         self.recorder.add(Transfer(giver, taker, outcome, _short(error)))  # type: ignore[arg-type]
 
 
-def main(settings: Settings, several: bool, log: str) -> None:
+def main(settings: Settings, several: bool, plant: str | None, log: str) -> None:
     """The process.
 
     Args:
         settings: as for `workload`.
         several: whether to write on several shards in one transaction.
+        plant: a fault to put in.
         log: file that its output is appended to.
     """
     global two_phase  # noqa: PLW0603 - of this process, before anything runs
     two_phase = several
     speak_to(log)
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    plant(settings.plant)
+    if plant is not None:
+        plants.plant(plant)
     go_through(settings.endpoints)
     with Path(settings.out).open("w", encoding="utf-8") as out:
         if settings.facade == "sync":

@@ -13,6 +13,11 @@ ARENA_RUNS = 25
 """Schedules until the servers are made anew: their logs and WAL would grow."""
 
 
+def has(seed: int, faults: tuple[str, ...]) -> bool:
+    """Whether a seed's schedule has one of these faults; True for none."""
+    return not faults or any(strike.fault in faults for job in make(seed).jobs for strike in job.strikes)
+
+
 def several(seeds: list[int], folder: Path, plant: str | None) -> list[Report]:
     """Some schedules, one after the other, on servers of their own."""
     reports: list[Report] = []

@@ -15,7 +15,7 @@ import psycopg
 
 from tests.support.history import Outcome, Write
 
-_PAUSE_S = 0.02
+_PAUSE_S = 0.08
 
 
 class Outsider:
