@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Literal, overload
 
@@ -66,7 +67,7 @@ class Planning(Shards):
             targets: who gets a part, each by its weight (`vnode_count`).
             keep: weight of what stays on the source; None: its own `vnode_count`; 0: nothing stays.
             retention_s: seconds after the switch until the job completes by itself; None: when `complete` is called.
-            dry_run: only tell the plan.
+            dry_run: only tell the plan, and what stands in its way.
 
         Returns:
             Job, or Plan for a dry run.
@@ -174,7 +175,12 @@ class Planning(Shards):
         refuse_busy(jobs, shards, topology, moving=True)
         refuse_promoting(await asyncio.to_thread(self._promotions.open), shards)
         if dry_run:
-            return planned
+            faults = await check_job(parties.topology, Job(id=0, kind=planned.kind, legs=planned.job_legs).checked())
+            return replace(
+                planned,
+                in_the_way=tuple(str(fault) for fault in faults if not fault.note),
+                notes=tuple(str(fault) for fault in faults if fault.note),
+            )
         for target, shard in zip(targets, parties.targets, strict=True):
             if "shard_id" not in target:
                 made = await self.create_shard(

@@ -145,9 +145,9 @@ async def _facts(dsn: Dsn, shard: Shard) -> dict[str, Any] | str:
             row = await cursor.fetchone()
         return row or "no row"
     except ShardUnavailable as error:
-        return error.reason
+        return " ".join(error.reason.split())
     except psycopg.Error as error:
-        return scrub(str(error).strip(), dsn.reveal())
+        return scrub(" ".join(str(error).split()), dsn.reveal())
     finally:
         await node.close()
 
