@@ -21,7 +21,8 @@
      ├─ InvalidTopology                    a topology, catalog or shard database that does not fit
      └─ InvalidArgument                    an option with a wrong value (also a ValueError)
 
-Errors pickle, carry their values as attributes, and never hold a password.
+Errors pickle, carry their values as attributes, and never hold a password. `shard`, where there is one, is the name of
+the shard, as it stands in the message.
 """
 
 from __future__ import annotations
