@@ -43,7 +43,13 @@ def _leg(names: Names, leg: Leg) -> dict[str, Any]:
 def plan_content(plan: Plan, names: Names) -> dict[str, Any]:
     """A plan as a document."""
     legs = [{**_leg(names, one.leg), "share_of_source": one.share_of_source} for one in plan.legs]
-    return {"dry_run": True, "kind": plan.kind.value, "legs": legs}
+    return {
+        "dry_run": True,
+        "kind": plan.kind.value,
+        "legs": legs,
+        "in_the_way": list(plan.in_the_way),
+        "notes": list(plan.notes),
+    }
 
 
 def job_content(job: Job, names: Names, wish: Wish | None = None) -> dict[str, Any]:
@@ -106,6 +112,11 @@ def show_plan(plan: Plan, names: Names) -> None:
         for one in plan.legs
     ]
     render.table(("from -> to", "ranges", "of the source's keys", "of all keys"), rows)
+    for title, lines in (("in the way:", plan.in_the_way), ("to be known:", plan.notes)):
+        if lines:
+            render.console().print(f"\n{title}", markup=False)
+        for text in lines:
+            render.console().print(f"- {text}", markup=False, soft_wrap=True)
 
 
 def show_job(job: Job, names: Names, wish: Wish | None = None) -> None:

@@ -34,7 +34,7 @@ from shardlib_ops.reshard.cutover.decide import Limits
 from shardlib_ops.reshard.gates import change, describe_holders, open_named, reserve
 from shardlib_ops.reshard.job import Job, Leg
 from shardlib_ops.reshard.together import together
-from shardlib_ops.reshard.world import Blocked, Flow, World
+from shardlib_ops.reshard.world import Blocked, Flow, Lost, World
 
 __all__ = ["Cutover", "Outcome", "reopen"]
 
@@ -102,8 +102,9 @@ class Cutover:
             self.waiting_for = _OTHERS
             return Outcome.GAVE_WAY
         until = self.world.now() + self.limits.budget_s
+        whole = asyncio.timeout(self.limits.budget_s * 4)
         try:
-            async with asyncio.timeout(self.limits.budget_s * 4):
+            async with whole:
                 await self._close(topology, until)
                 await self._drain(number, until)
                 await self._compare(compared)
@@ -111,6 +112,9 @@ class Cutover:
         except (Blocked, TimeoutError) as error:
             self.waiting_for = str(error) or "the attempt took too long"
             await self._take_back()
+            if whole.expired():
+                # Something did not answer, and may still be under way there: only a new round ends it.
+                raise Lost(self.waiting_for) from error
             return Outcome.GAVE_WAY
         except BaseException:
             await self._take_back()

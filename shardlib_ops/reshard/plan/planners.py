@@ -41,10 +41,14 @@ class Plan:
     Attributes:
         kind: what was asked for.
         legs: each with its share.
+        in_the_way: what would refuse the job now, each with its way out, as a dry run found it.
+        notes: what stops nothing and should be known, likewise.
     """
 
     kind: Kind
     legs: tuple[PlannedLeg, ...]
+    in_the_way: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def job_legs(self) -> tuple[Leg, ...]:
