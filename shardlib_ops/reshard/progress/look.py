@@ -28,7 +28,7 @@ from shardlib_ops.reshard.guard import ForeignWriter, foreign_writers
 from shardlib_ops.reshard.job import Job, Status
 from shardlib_ops.reshard.progress.model import Waiting
 from shardlib_ops.reshard.progress.tracker import Tracker
-from shardlib_ops.reshard.rows import read_shapes
+from shardlib_ops.reshard.rows import TableShape, read_shapes
 from shardlib_ops.reshard.units import size
 
 __all__ = ["Observer"]
@@ -59,9 +59,11 @@ class Observer:
         self._estimated: set[int] = set()
         self._read_copied = False
         self._seen: dict[str, int] = {}
+        self._shapes: dict[str, tuple[TableShape, ...]] = {}
 
     async def close(self) -> None:
         """End the connections; idempotent."""
+        self._shapes.clear()
         conns, self._conns = list(self._conns.values()), {}
         for conn in conns:
             with suppress(psycopg.Error):
@@ -142,7 +144,9 @@ class Observer:
         held = await asyncio.to_thread(self._holders, shard, gates)
         found += [_holding(shard.name, holder) for holder in held if holder.age_s >= _IN_THE_WAY_S]
         conn = await self._conn(shard.id, shard, shard.primary)
-        writers = await foreign_writers(conn, await read_shapes(conn, _sharded(topology)))
+        if shard.id not in self._shapes:
+            self._shapes[shard.id] = await read_shapes(conn, _sharded(topology))
+        writers = await foreign_writers(conn, self._shapes[shard.id])
         found += [_writing(shard.name, writer) for writer in writers if writer.age_s >= _IN_THE_WAY_S]
         row = await (await conn.execute("SELECT (pg_current_wal_flush_lsn() - '0/0')::bigint")).fetchone()
         # A replica is behind if it has not replayed what was there at the look before, a second ago or more.
