@@ -388,6 +388,9 @@ class JobRunner:
         await self._drop_slots()
         # Nobody's scans may look at the key tables any more when they are dropped.
         await sweep(self.world, self.job.shards, budget_s=_SWEEP_S)
+        if self._state(await self.world.topology()) is not None:
+            # The sweep has ended a swap that was still on its way; one that was faster is seen now.
+            raise Blocked("the job's moves were announced after all")
         await together(self.world.side(shard_id).retire() for shard_id in self.job.shards)
         await self._step("retired")
         await self._to(outcome, completed_at=self.world.stamp())
