@@ -32,6 +32,7 @@ _SWEEP_S: Final = 5.0
 _ROUNDS_MAX: Final = 5
 _PATIENCE_S: Final = 10.0
 _SEQUENCE_MARGIN: Final = 1_000
+_UNDOING: Final = "; it is undone, which waits: "
 
 
 class _Cancelled(Exception):  # noqa: N818 - the operator's wish, seen between two chunks
@@ -102,12 +103,19 @@ class JobRunner:
     async def _note(self, error: str | None) -> None:
         """Write down what the job waits for, if that can be written down now; None: for nothing any more."""
         async with self._saving:
+            if self.job.outcome is Status.FAILED:
+                error = f"{self._reason}{_UNDOING}{error}" if error else self._reason
             if self.job.error == error or self.job.status.over:
                 return
             job = self.job.changed(error=error)
             with suppress(Lost):
                 await self.world.save(job)
             self.job = job
+
+    @property
+    def _reason(self) -> str | None:
+        """Why the job failed; None if it did not."""
+        return (self.job.error or "").partition(_UNDOING)[0] if self.job.outcome is Status.FAILED else None
 
     async def _fail(self, reason: str) -> None:
         """Before the switch the job is undone; after it there is nothing to undo, and the operator decides."""
@@ -393,7 +401,7 @@ class JobRunner:
             raise Blocked("the job's moves were announced after all")
         await together(self.world.side(shard_id).retire() for shard_id in self.job.shards)
         await self._step("retired")
-        await self._to(outcome, completed_at=self.world.stamp())
+        await self._to(outcome, completed_at=self.world.stamp(), error=self._reason)
 
     async def _drop_slots(self) -> None:
         flows: list[Flow] = [*self._flows("forward").values(), *self._flows("reverse").values()]

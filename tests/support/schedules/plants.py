@@ -115,7 +115,7 @@ def position_apart() -> None:
     ) -> list[Key]:
         fresh = await write(self, changes, keys, lsn=lsn, last=last)
         if last and self._link.direction == "forward":
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.5)
             async with self._conn.transaction():
                 await advance(self, lsn)
         return fresh
