@@ -214,8 +214,7 @@ Look(r) ==
     /\ run[r].pc = "look"
     /\ CASE run[r].status = "cleanup" ->
               IF cat.move = "none"
-              THEN Local(r, IF job.outcome = "completed" \/ Fault("undone without a new version")
-                            THEN Call(r, "sweep", "retire A") ELSE Call(r, "publish end", "retire A"))
+              THEN Local(r, Call(r, "sweep", "not announced"))
               ELSE Local(r, Call(r, "reopen", "purge"))
          [] run[r].status \notin {"over", "cleanup"} /\ cat.move = "switched" ->
               IF run[r].status \in {"cutover", "validation"}
@@ -266,9 +265,9 @@ Send(r, v, what, then) ==
 Moved(r) == run[r].v # <<>> /\ (cat.owner # run[r].v.owner \/ cat.move # run[r].v.move)
 
 Publish(r) ==
-    \/ \E what \in {"announce", "bump", "renew", "finish", "end"} :
+    \/ \E what \in {"announce", "bump", "renew", "finish"} :
        /\ run[r].pc = "publish " \o what
-       /\ IF Moved(r) \/ (what \in {"announce", "end"} /\ cat.move # "none") \/ (what = "finish" /\ cat.move = "none")
+       /\ IF Moved(r) \/ (what = "announce" /\ cat.move # "none") \/ (what = "finish" /\ cat.move = "none")
           THEN Local(r, Afresh(r))
           ELSE Send(r, cat, IF Opens(what) THEN "reserve" ELSE what, [run[r] EXCEPT !.for = what])
     \/ run[r].pc = "reserved" /\ Send(r, run[r].v, run[r].for, run[r])
@@ -290,7 +289,7 @@ Answered(r) ==
                  [] what = "bump" -> [heard EXCEPT !.v = run[r].v, !.pc = "lower"]
                  [] what = "renew" -> [heard EXCEPT !.pc = ret, !.for = ""]
                  [] what = "announce" -> [heard EXCEPT !.pc = "sweep", !.ret = "announced", !.for = ""]
-                 [] what \in {"finish", "end"} -> [heard EXCEPT !.pc = "sweep", !.ret = "retire A", !.for = ""]
+                 [] what = "finish" -> [heard EXCEPT !.pc = "sweep", !.ret = "not announced", !.for = ""]
                  [] what = "switch" -> [heard EXCEPT !.v = after, !.pc = IF run[r].dir = "f" THEN "switched" ELSE "lower source"])
        \/ /\ ~run[r].ok /\ Waiting(r) = {}
           /\ Local(r,
@@ -470,6 +469,9 @@ Validate(r) ==
 
 Cleanup(r) ==
     LET old == Other(Serving(job.outcome))  n == NodeOf(r, old)  a == NodeOf(r, "A") IN
+    \/ /\ run[r].pc = "not announced"   \* nor will be: the sweep has ended a swap that opened a gate
+       /\ Local(r, IF cat.move = "none" \/ Fault("undone while announced") THEN Call(r, "retire A", "")
+                   ELSE Afresh(r))
     \/ /\ run[r].pc = "purge"
        /\ Sql(r, n, [st[n] EXCEPT !.rows = Nothing], [run[r] EXCEPT !.pc = "publish finish", !.ret = "", !.v = <<>>])
     \/ \E s \in {"A", "B"} : LET m == NodeOf(r, s) IN
