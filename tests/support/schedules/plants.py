@@ -199,13 +199,14 @@ CLIENT_PLANTS: dict[str, Callable[[], None]] = {"no gate": no_gate, "old copies 
 
 _LOST_SERVER = ("runner killed", "runner's connections cut", "postgres killed")
 _STALE_CLIENT = ("clients cut off from etcd", "client frozen")
-NEEDS: dict[str, tuple[str, ...]] = {
-    "gates stay open": _STALE_CLIENT,
-    "no gate": _STALE_CLIENT,
-    "position apart from the rows": _LOST_SERVER,
-    "runner not fenced": ("runner frozen", "runner cut off from etcd"),
+_STREAMING = ("status_cutover", "gates_closed", "guarded")
+NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "gates stay open": (_STALE_CLIENT, ()),
+    "no gate": (_STALE_CLIENT, ()),
+    "position apart from the rows": (_LOST_SERVER, _STREAMING),
+    "runner not fenced": (("runner frozen", "runner cut off from etcd"), ()),
 }
-"""Plant -> faults of which a schedule must have one, for the plant to be seen."""
+"""Plant -> faults of which a schedule must have one, and the steps to have it at, for the plant to be seen."""
 
 
 def plant(name: str) -> None:
