@@ -10,10 +10,14 @@ import pytest
 from rich.console import Console
 
 from shardlib.catalog import Conflict, open_catalog
+from shardlib.dsn import Dsn
 from shardlib.errors import InvalidArgument, InvalidTopology
+from shardlib.ring import TokenRange, build_ring
+from shardlib.topology import Gate, Shard, Table, Topology
 from shardlib_ops.cli import progress, watch
-from shardlib_ops.reshard.job import Job, Kind, Status, Wish
-from shardlib_ops.reshard.progress import JobProgress, StreamProgress, TableProgress, Waiting, metrics_text
+from shardlib_ops.reshard.copy import Copied
+from shardlib_ops.reshard.job import Job, Kind, Status, Wish, legs_of
+from shardlib_ops.reshard.progress import JobProgress, StreamProgress, TableProgress, Tracker, Waiting, metrics_text
 from shardlib_ops.reshard.progress.model import decode_progress, encode_progress
 from shardlib_ops.reshard.progress.rate import Rate, Trend
 from shardlib_ops.reshard.store import JobStore
@@ -263,3 +267,32 @@ def test_lines_of_json_are_told_once_each(capsys: pytest.CaptureFixture[str]) ->
     assert first["progress"] is None
     assert second["progress"]["tables"][1]["rows_total"] is None
     assert second["progress"]["waiting"][0]["pid"] == 812
+
+
+def test_the_rate_of_a_table_begins_with_its_copy() -> None:
+    now = 0.0
+    shards = {"s1": 256, "s2": 256}
+    topology = Topology(
+        version=1,
+        cluster_id="c",
+        hash_function="murmur3",
+        ring=build_ring(shards),
+        shards=tuple(Shard(one, one, Dsn(f"postgresql://h/{one}")) for one in shards),
+        gates=tuple(Gate(number, one, ()) for number, one in enumerate(shards, 1)),
+        tables=(Table("visit", ("k",)), Table("late", ("k",))),
+        next_shard=3,
+        next_gate=3,
+        nonce="n",
+    )
+    job = Job(7, Kind.SPLIT, legs_of([("s1", "s2", [TokenRange(0, 9)])]), status=Status.PRECOPY)
+    tracker = Tracker(job, topology, clock=lambda: now, stamp=lambda: "then")
+    tracker.estimated(1, "visit", None, 1000)
+    tracker.begins("copy")
+    now = 2.0
+    tracker.copied(1, Copied("visit", 400, 8_000, 0.25))
+    visit, late = sorted(tracker.progress().tables, key=lambda one: one.table, reverse=True)
+    assert (visit.rows_per_s, visit.bytes_per_s) == (pytest.approx(200), pytest.approx(4_000))
+    assert visit.eta_s == pytest.approx(6)
+    assert (visit.rows_total, visit.bytes_total) == (1_600, 32_000)
+    assert (late.rows_per_s, late.eta_s, late.rows_total) == (None, None, None)
+    assert tracker.progress().fraction == pytest.approx(0.8 * 0.125)

@@ -108,6 +108,14 @@ class Tracker:
         """The runner turns to something else."""
         if activity != self._activity:
             self._activity, self._since = activity, self._clock()
+            self._sample_tables(self._since)
+
+    def _sample_tables(self, now: float) -> None:
+        """While rows are copied, those of tables whose first chunk is under way too: it is the start of their rate."""
+        if self._activity == "copy":
+            for table in self._tables.values():
+                if not table.done:
+                    table.sample(now)
 
     @property
     def activity(self) -> str:
@@ -172,9 +180,7 @@ class Tracker:
     def sample(self) -> None:
         """Look at tables and streams; once a second is often enough. Logs, once, that a stream falls behind."""
         now = self._clock()
-        for table in self._tables.values():
-            if 0 < table.fraction < 1:
-                table.sample(now)
+        self._sample_tables(now)
         for (leg, direction), flow in self._flows.items():
             stream = flow.stream
             if stream is None:
@@ -273,9 +279,9 @@ def _table(leg: int, name: str, table: _Table) -> TableProgress:
         # What was read tells more than the statistics of the server.
         rows_total = round(table.rows / table.fraction)
         bytes_total = None if table.bytes is None else round(table.bytes / table.fraction)
-    rates = None if table.done else table.read_rate.per_s
-    if rates:
-        eta_s = (1.0 - table.fraction) * _MILLION / rates
+    moving = table.fraction > 0 and not table.done
+    if moving and (read_per_s := table.read_rate.per_s):
+        eta_s = (1.0 - table.fraction) * _MILLION / read_per_s
     return TableProgress(
         leg=leg,
         table=name,
@@ -284,8 +290,8 @@ def _table(leg: int, name: str, table: _Table) -> TableProgress:
         bytes=table.bytes,
         bytes_total=bytes_total,
         fraction=table.fraction,
-        rows_per_s=None if table.done else table.rows_rate.per_s,
-        bytes_per_s=None if table.done else table.bytes_rate.per_s,
+        rows_per_s=table.rows_rate.per_s if moving else None,
+        bytes_per_s=table.bytes_rate.per_s if moving else None,
         eta_s=eta_s,
         done=table.done,
     )
