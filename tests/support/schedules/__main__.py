@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.support.schedules.many import ARENA_RUNS, has, several, total
-from tests.support.schedules.plants import CLIENT_PLANTS, NEEDS, PLANTS
+from tests.support.schedules.many import ARENA_RUNS, several, total
+from tests.support.schedules.plants import CLIENT_PLANTS, NEEDS, PLANTS, Need
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
     folder = chosen.folder or Path(tempfile.mkdtemp(prefix="schedules-"))
     print(f"records in {folder}", flush=True)
     numbers = itertools.count(chosen.first)
-    seeds = list(itertools.islice((n for n in numbers if has(n, *NEEDS.get(chosen.plant, ((), ())))), chosen.count))
+    seeds = list(itertools.islice((n for n in numbers if NEEDS.get(chosen.plant, Need()).met_by(n)), chosen.count))
     began = time.monotonic()
     parts = [seeds[at : at + ARENA_RUNS] for at in range(0, len(seeds), ARENA_RUNS)]
     if chosen.at_once > 1:

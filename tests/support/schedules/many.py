@@ -13,12 +13,6 @@ ARENA_RUNS = 25
 """Schedules until the servers are made anew: their logs and WAL would grow."""
 
 
-def has(seed: int, faults: tuple[str, ...], steps: tuple[str, ...] = ()) -> bool:
-    """Whether a seed's schedule has one of these faults at one of these steps; none stand for any."""
-    strikes = [strike for job in make(seed).jobs for strike in job.strikes if strike.nth == 1]
-    return not faults or any(one.fault in faults and (not steps or one.step in steps) for one in strikes)
-
-
 def several(seeds: list[int], folder: Path, plant: str | None) -> list[Report]:
     """Some schedules, one after the other, on servers of their own."""
     reports: list[Report] = []

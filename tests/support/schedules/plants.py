@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from psycopg import AsyncConnection, sql
@@ -20,6 +21,7 @@ from shardlib_ops.reshard.stream.apply import Key, Sink
 from shardlib_ops.reshard.stream.filter import Change
 from shardlib_ops.reshard.together import together
 from shardlib_ops.reshard.world import Compared, World
+from tests.support.schedules.plan import make
 
 
 async def _no_compare(self: Servers, leg: Any, flow: Any, *, since: str | None) -> Compared:
@@ -200,13 +202,40 @@ CLIENT_PLANTS: dict[str, Callable[[], None]] = {"no gate": no_gate, "old copies 
 _LOST_SERVER = ("runner killed", "runner's connections cut", "postgres killed")
 _STALE_CLIENT = ("clients cut off from etcd", "client frozen")
 _STREAMING = ("status_cutover", "gates_closed", "guarded")
-NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "gates stay open": (_STALE_CLIENT, ()),
-    "no gate": (_STALE_CLIENT, ()),
-    "position apart from the rows": (_LOST_SERVER, _STREAMING),
-    "runner not fenced": (("runner frozen", "runner cut off from etcd"), ()),
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one job of a schedule must have for a plant to be seen; nothing: whatever it is.
+
+    Attributes:
+        faults: one of these.
+        steps: at one of these.
+        endings: and come to one of these.
+    """
+
+    faults: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()
+    endings: tuple[str, ...] = ()
+
+    def met_by(self, seed: int) -> bool:
+        """Whether the schedule of a seed is one."""
+        return not self.faults or any(
+            strike.fault in self.faults and strike.nth == 1 and (not self.steps or strike.step in self.steps)
+            for job in make(seed).jobs
+            for strike in job.strikes
+            if not self.endings or job.ending in self.endings
+        )
+
+
+NEEDS: dict[str, Need] = {
+    "gates stay open": Need(_STALE_CLIENT),
+    "no gate": Need(_STALE_CLIENT),
+    # After any other ending the side with the doubled rows is deleted.
+    "position apart from the rows": Need(_LOST_SERVER, _STREAMING, ("complete",)),
+    "runner not fenced": Need(("runner frozen", "runner cut off from etcd")),
 }
-"""Plant -> faults of which a schedule must have one, and the steps to have it at, for the plant to be seen."""
+"""Plant -> what its schedules must have."""
 
 
 def plant(name: str) -> None:
