@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from shardlib.catalog import open_catalog
+from shardlib.topology import Topology
 from shardlib_ops import LocalCluster
 from shardlib_ops.manager.manager import Manager
 from shardlib_ops.manager.promote import Promotion, Stage
 from tests.support.eventually import eventually
-from tests.support.promote_runner import die_at
+from tests.support.promote_runner import asleep_at, die_at
 from tests.support.writers import writing
 
 pytestmark = [pytest.mark.promise("P4"), pytest.mark.fault, pytest.mark.timeout(240)]
@@ -58,9 +60,7 @@ async def resumed(cluster: LocalCluster) -> Promotion:
 
 def check_at_rest(cluster: LocalCluster) -> None:
     """One primary with exactly the gates of the topology, two replicas that follow it, nothing read-only, no claim."""
-    catalog = open_catalog(cluster.url)
-    shard = (topology := catalog.load()).shard(SHARD)
-    catalog.close()
+    shard = (topology := topology_of(cluster)).shard(SHARD)
     by_port = {str(server.port): server for server in cluster.servers}
     primary = by_port[shard.primary.port]
     assert len(shard.replicas) == 2, "a server was lost on the way"
@@ -102,10 +102,7 @@ async def test_p4_a_killed_manager_is_followed_by_another(
         assert record.stage is end, record.error
         assert told.errors == []
         check_at_rest(cluster)
-        catalog = open_catalog(cluster.url)
-        primary = catalog.load().shard(SHARD).primary
-        catalog.close()
-        assert told.missing_on([primary]) == set()
+        assert told.missing_on([topology_of(cluster).shard(SHARD).primary]) == set()
         print(f"killed at {step}, {then}: {len(told.acknowledged)} writes, the longest took {told.longest_s:.2f} s")
 
     await asyncio.to_thread(killed)
@@ -119,3 +116,35 @@ def die_at_resuming(url: str, step: str) -> None:
         return True
 
     eventually(died, within_s=60, what=f"the second manager does not reach {step}", ignore=AssertionError)
+
+
+@pytest.mark.parametrize(("step", "end"), [("drained", Stage.UNDONE), ("promoting", Stage.UNDONE),
+                                           ("gates_opened", Stage.DONE)])  # fmt: skip
+def test_a_manager_that_sleeps_and_wakes_up_too_late_changes_nothing(
+    cluster: LocalCluster, step: str, end: Stage
+) -> None:
+    with writing(cluster.url, ["a", "b"]) as told:
+        with asleep_at(cluster.url, SHARD, step) as sleeper:
+            record = asyncio.run(resumed(cluster))
+            assert record.stage is end, record.error
+            check_at_rest(cluster)
+            before = topology_of(cluster)
+            sleeper.send_signal(signal.SIGCONT)
+            said, _ = sleeper.communicate(timeout=60)
+            assert sleeper.returncode == 1
+            assert "is no longer this manager's" in said
+        seen = len(told.acknowledged)
+        eventually(lambda: len(told.acknowledged) > seen + 20, within_s=30, what="nothing is written after it")
+    assert topology_of(cluster).version == before.version
+    check_at_rest(cluster)
+    assert told.errors == []
+    assert told.missing_on([before.shard(SHARD).primary]) == set()
+
+
+def topology_of(cluster: LocalCluster) -> Topology:
+    """The stored one."""
+    catalog = open_catalog(cluster.url)
+    try:
+        return catalog.load()
+    finally:
+        catalog.close()

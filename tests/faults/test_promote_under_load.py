@@ -25,7 +25,7 @@ SLACK = 3.0
 """The machine of a test is shared: what takes 0.2 s alone may take this many times the limit."""
 
 
-async def back_and_forth(cluster: LocalCluster, hammer: Hammer, times: int, pauses: list[float]) -> None:
+async def back_and_forth(cluster: LocalCluster, hammer: Hammer, pauses: list[float], synchronous: bool) -> None:
     began = time.monotonic()
 
     async def told(step: str) -> None:
@@ -33,7 +33,7 @@ async def back_and_forth(cluster: LocalCluster, hammer: Hammer, times: int, paus
         assert step != "swapped" or hammer.running, "the clients had ended before: nothing is shown"
 
     async with Manager(cluster.url) as manager:
-        for _ in range(times):
+        for _ in range(2):
             before = await manager.get_shard("shard-01")
             after = await manager.promote_replica("shard-01", rejoin=cluster.rejoin, on_step=told)
             assert after.primary in before.replicas
@@ -43,9 +43,13 @@ async def back_and_forth(cluster: LocalCluster, hammer: Hammer, times: int, paus
             assert (record.stage, record.error) == (Stage.DONE, None)
             assert record.pause_s is not None
             pauses.append(record.pause_s)
+            if synchronous:
+                with cluster.primary("shard-01").connect() as conn:
+                    states = conn.execute("SELECT sync_state FROM pg_stat_replication").fetchall()
+                assert ("quorum",) in states, "the new primary waits for nobody"
 
 
-@pytest.mark.parametrize(("replicas", "synchronous"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("replicas", "synchronous"), [(1, False), (1, True), (2, True)])
 def test_a_promotion_under_load_loses_and_fails_nothing(
     tmp_path: Path, rng: random.Random, replicas: int, synchronous: bool
 ) -> None:
@@ -60,7 +64,7 @@ def test_a_promotion_under_load_loses_and_fails_nothing(
         def promote() -> None:
             try:
                 eventually(lambda: hammer.working, within_s=20, what="no client works")
-                asyncio.run(back_and_forth(cluster, hammer, 2, pauses))
+                asyncio.run(back_and_forth(cluster, hammer, pauses, synchronous=synchronous))
             except BaseException as error:
                 failed.append(error)
                 raise
