@@ -20,8 +20,8 @@ pytestmark = [
     pytest.mark.timeout(300),
 ]
 
-SEEDS = (3, 4, 100)
-"""With each ending of a job."""
+SEEDS = (4, 100, 327)
+"""With each ending of a job; the last one found a fault once."""
 
 
 @pytest.fixture(scope="module")
