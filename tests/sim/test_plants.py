@@ -5,16 +5,25 @@ from __future__ import annotations
 import pytest
 
 from tests.sim.plants import PLANTS, planted
-from tests.sim.schedule import run
+from tests.sim.schedule import SCENARIOS, Faults, Result, Simulation, run
 
 WITHIN = 5_000
 SLOW = 0.15  # streams that are behind show sooner who does not wait for them
+LOSSY = ("statements of an earlier round",)
+"""What shows only where answers are lost again and again."""
+
+
+def worst(name: str, seed: int) -> Result:
+    """The run of a seed under the weather in which a fault shows soonest."""
+    if name in LOSSY:
+        return Simulation(seed, SCENARIOS[seed % len(SCENARIOS)], Faults(lost=0.06, slow=0.05, heal_s=25.0)).run()
+    return run(seed, slow=SLOW)
 
 
 @pytest.mark.parametrize("name", PLANTS)
 def test_a_planted_fault_is_caught(name: str) -> None:
     with planted(name):
-        assert any(run(seed, slow=SLOW).violations for seed in range(WITHIN)), f"{name}: not seen in {WITHIN} schedules"
+        assert any(worst(name, seed).violations for seed in range(WITHIN)), f"{name}: not seen in {WITHIN} schedules"
 
 
 def test_a_plant_is_gone_afterwards() -> None:
