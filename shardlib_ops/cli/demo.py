@@ -25,24 +25,28 @@ def demo(
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the servers running until `shardlib-ops local down`.")
     ] = False,
+    act: Annotated[
+        str, typer.Option(metavar="1|2|all", help="1 asks the shards, 2 splits one while clients work.")
+    ] = "all",
     output: Annotated[Path, typer.Option(help="Folder of the picture.")] = Path("demo-output"),
     no_color: Annotated[bool, typer.Option("--no-color", help="Print without colours.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and no story.")] = False,
 ) -> None:
-    """Shard New York's flights of 2013 over real servers and ask them; the exit code is 1 if a check fails."""
+    """Shard New York's flights of 2013 over real servers, ask them, and split one. Exit code 1: a check failed."""
     from rich.console import Console
 
+    from shardlib_ops.cli import watch
     from shardlib_ops.demo.story import Options, tell
     from shardlib_ops.demo.teller import Teller, Trimmed
 
-    options = Options(shards, replicas, rows, output, keep, program=render.program())
+    options = Options(shards, replicas, rows, output, keep, act=act, program=render.program())
     # NO_COLOR and a terminal without colours are seen by Rich itself.
     console = Console(quiet=as_json, no_color=no_color or None, highlight=False)
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
         console.file = cast("IO[str]", Trimmed(console.file))
     teller = Teller(console)
-    tell(teller, options)
+    tell(teller, options, lambda url, job: watch.follow(url, job, "nobody" if as_json else "people", console))
     if as_json:
         checks = [{"check": what, "ok": holds} for what, holds in teller.checks]
         render.document({"ok": teller.all_right, **teller.summary, "checks": checks})

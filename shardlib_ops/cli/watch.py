@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 from shardlib_ops.cli import jobs, progress, render
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
     from shardlib_ops.reshard.job import Job, Wish
     from shardlib_ops.reshard.progress.model import JobProgress
@@ -42,20 +42,20 @@ To = Literal["people", "json", "nobody"]
 
 
 @contextmanager
-def _display(to: To, names: jobs.Names) -> Iterator[Show]:
+def _display(to: To, names: jobs.Names, screen: Console | None) -> Iterator[Show]:
     if to == "nobody":
         yield lambda job, wish, told: None
     elif to == "json":
         yield _lines_of_json(names)
-    elif render.console().is_terminal:
+    elif (screen or render.console()).is_terminal:
         from rich.console import Console
         from rich.live import Live
 
         # A console that wraps: a line that is drawn anew must not be longer than the terminal is wide.
-        with Live(console=Console(highlight=False), refresh_per_second=4, transient=True) as live:
+        with Live(console=screen or Console(highlight=False), refresh_per_second=4, transient=True) as live:
             yield lambda job, wish, told: live.update(_picture(job, wish, told))
     else:
-        yield _plain_lines()
+        yield _plain_lines(screen or render.console())
 
 
 def _picture(job: Job, wish: Wish, told: JobProgress | None) -> RenderableType:
@@ -75,7 +75,7 @@ def _picture(job: Job, wish: Wish, told: JobProgress | None) -> RenderableType:
     return Group(*parts)
 
 
-def _plain_lines() -> Show:
+def _plain_lines(screen: Console) -> Show:
     """A line when the job's state changes, or who stands in its way; and now and then how far it is."""
     seen: list[str] = []
     said_at = float("-inf")
@@ -95,7 +95,7 @@ def _plain_lines() -> Show:
             return
         said_at = time.monotonic()
         for line in news:
-            render.console().print(line, markup=False)
+            screen.print(line, markup=False)
         sys.stdout.flush()
 
     return show
@@ -114,13 +114,14 @@ def _lines_of_json(names: jobs.Names) -> Show:
     return show
 
 
-async def follow(catalog: str, job_id: int, to: To) -> Job:
+async def follow(catalog: str, job_id: int, to: To, screen: Console | None = None) -> Job:
     """Show a job until it rests: it is over, or in `validation` with nothing asked of it.
 
     Args:
         catalog: its URL.
         job_id: which job.
         to: whom it is shown to.
+        screen: where people see it; None for standard output.
 
     Raises:
         InvalidTopology: there is no such job.
@@ -136,7 +137,7 @@ async def follow(catalog: str, job_id: int, to: To) -> Job:
         clock = asyncio.get_running_loop().time
         heard = clock()
         names: dict[str, str] = {}
-        with _display(to, names) as show:
+        with _display(to, names, screen) as show:
             while True:
                 try:
                     job = await asyncio.to_thread(store.load, job_id)

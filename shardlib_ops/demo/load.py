@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import DeclarativeBase
@@ -11,7 +10,7 @@ from sqlalchemy.orm import DeclarativeBase
 from shardlib import ShardedEngine
 from shardlib_ops.demo.flights import Facts, FlightData, Row
 from shardlib_ops.demo.models import Airline, Airport, Flight, Plane
-from shardlib_ops.demo.picture import spread_svg, unevenness
+from shardlib_ops.demo.picture import Picture, spread_panel, unevenness
 from shardlib_ops.demo.teller import Teller
 
 __all__ = ["load", "one_plane_each", "rows_by_shard", "show_spread"]
@@ -56,21 +55,19 @@ def rows_by_shard(engine: ShardedEngine, one_key_each: Iterable[str]) -> dict[st
 
 
 def one_plane_each(engine: ShardedEngine, facts: Facts) -> list[str]:
-    """For each shard, the plane of the register that flew most often."""
+    """For each shard that has any, the plane of the register that flew most often."""
     busiest: dict[str, str] = {}
     registered = set().union(*facts.made_by.values())
     for tailnum, _ in facts.flights_of.most_common():
         if tailnum in registered:
             busiest.setdefault(engine.shard_for(tailnum).id, tailnum)
-    return [busiest[shard.id] for shard in engine.topology.shards]
+    return [busiest[shard.id] for shard in engine.topology.shards if shard.id in busiest]
 
 
-def show_spread(teller: Teller, counts: dict[str, int], output: Path) -> None:
+def show_spread(teller: Teller, counts: dict[str, int], picture: Picture) -> None:
     """Bars, and the same as a picture."""
     teller.bars(counts, "flights")
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / "spread.svg"
-    path.write_text(spread_svg("Flights of 2013 by shard", counts), encoding="utf-8")
-    teller.say(f"the fullest shard has {unevenness(counts):.3f} times the mean; as a picture: {path}")
+    picture.add(spread_panel("Flights of 2013 by shard", counts))
+    teller.say(f"the fullest shard has {unevenness(counts):.3f} times the mean; as a picture: {picture.path}")
     teller.summary["spread"] = {"rows": counts, "max_over_mean": round(unevenness(counts), 4)}
-    teller.summary["picture"] = str(path)
+    teller.summary["picture"] = str(picture.path)

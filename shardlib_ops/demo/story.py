@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from shardlib import ShardedEngine
 from shardlib.errors import InvalidArgument
-from shardlib_ops.demo import scenes
+from shardlib_ops.demo import moves, scenes
 from shardlib_ops.demo.flights import Facts, FlightData
 from shardlib_ops.demo.load import load, one_plane_each, rows_by_shard, show_spread
 from shardlib_ops.demo.models import Base, Plane
+from shardlib_ops.demo.picture import Picture
+from shardlib_ops.demo.resharding import Follow
 from shardlib_ops.demo.teller import Teller
 
-__all__ = ["Options", "tell"]
+__all__ = ["ACTS", "Options", "tell"]
 
+ACTS: Final = ("1", "2", "all")
+"""Which parts of the story there are: the shards are asked, one of them is split, or both."""
+
+_PICTURE: Final = "demo.svg"
 _LEAST_ROWS: Final = 1000
 _START_S: Final = 30.0
 
@@ -34,6 +40,7 @@ class Options:
         output: folder of the picture.
         keep: leave the cluster running.
         rounds: queries by each way when latency is measured.
+        act: 1 to ask the shards, 2 to split one, or all.
         program: how to type `shardlib-ops` here, for what to try next.
 
     Raises:
@@ -46,17 +53,25 @@ class Options:
     output: Path = Path("demo-output")
     keep: bool = False
     rounds: int = 1500
+    act: str = "all"
     program: str = "shardlib-ops"
 
     def __post_init__(self) -> None:
         if not 2 <= self.shards <= 16:
             raise InvalidArgument("shards", self.shards, "2 to 16: much of the demo goes on between shards")
+        if self.act not in ACTS:
+            raise InvalidArgument("act", self.act, "1, 2 or all")
         if self.rows is not None and self.rows < _LEAST_ROWS:
             raise InvalidArgument("rows", self.rows, f"{_LEAST_ROWS} or more, so that every shard gets planes")
 
 
-def tell(teller: Teller, options: Options) -> None:
+def tell(teller: Teller, options: Options, follow: Follow) -> None:
     """Tell all of it. Whether all was right is in `teller.all_right`.
+
+    Args:
+        teller: who says it.
+        options: what was chosen.
+        follow: shows a job until it rests.
 
     Raises:
         ShardlibError: the data or the servers' programs are missing, or something failed that should not.
@@ -66,25 +81,42 @@ def tell(teller: Teller, options: Options) -> None:
     teller.title("shardlib", "many PostgreSQL databases as one: New York's flights of 2013")
     with (
         teller.hearing("shardlib"),
-        cluster(teller, options) as url,
-        ShardedEngine(url, pool_size=8) as engine,
+        cluster(teller, options) as servers,
+        ShardedEngine(servers.url, pool_size=8) as engine,
     ):
-        introduce(teller, url, engine)
-        facts = fill(teller, engine, data, options.output)
-        scene = scenes.Scene(teller, url, engine, facts, one_plane_each(engine, facts))
-        scenes.one_key(scene)
-        scenes.many_keys(scene)
-        scenes.two_shards(scene)
-        scenes.many_tasks(scene)
-        scenes.old_map(scene)
-        scenes.how_long(scene, options.rounds)
+        introduce(teller, servers.url, engine)
+        picture = Picture(options.output / _PICTURE)
+        facts = fill(teller, engine, data, picture)
+        scene = scenes.Scene(teller, servers.url, engine, facts, one_plane_each(engine, facts))
+        if options.act in ("1", "all"):
+            scenes.one_key(scene)
+            scenes.many_keys(scene)
+            scenes.two_shards(scene)
+            scenes.many_tasks(scene)
+            scenes.old_map(scene)
+            scenes.how_long(scene, options.rounds)
+        if options.act in ("2", "all"):
+            moves.second_act(scene, follow, servers.spare, picture)
     teller.summary["elapsed_s"] = round(time.perf_counter() - began, 1)
     farewell(teller, options)
 
 
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """What runs.
+
+    Attributes:
+        url: of the catalog.
+        spare: gives the DSN of an empty PostgreSQL of this name, which runs no longer than the demo.
+    """
+
+    url: str
+    spare: Callable[[str], AbstractContextManager[str]]
+
+
 @contextmanager
-def cluster(teller: Teller, options: Options) -> Iterator[str]:
-    """Real servers, as long as the demo runs, or until `shardlib-ops local down`. Gives the URL of the catalog."""
+def cluster(teller: Teller, options: Options) -> Iterator[Servers]:
+    """Real servers, as long as the demo runs, or until `shardlib-ops local down`."""
     from shardlib_ops.local import LocalCluster, detached
 
     teller.chapter("Servers")
@@ -96,7 +128,7 @@ def cluster(teller: Teller, options: Options) -> Iterator[str]:
             with teller.waiting(f"Starting {wanted} ..."):
                 local.start()
             teller.found(f"{wanted} started in {time.perf_counter() - began:.1f} s")
-            yield local.url
+            yield Servers(local.url, lambda name: nullcontext(local.spare(name).dsn))
         finally:
             local.stop()
         return
@@ -109,10 +141,19 @@ def cluster(teller: Teller, options: Options) -> Iterator[str]:
         url = detached.up(folder, {"shards": options.shards, "replicas": options.replicas}, _START_S).url
     try:
         teller.found(f"{wanted} started in {time.perf_counter() - began:.1f} s")
-        yield url
+        yield Servers(url, lambda name: _alone())
     except BaseException:
         detached.down(folder)
         raise
+
+
+@contextmanager
+def _alone() -> Iterator[str]:
+    """A server beside a cluster that runs on, which has no place for it."""
+    from shardlib_ops.local import LocalCluster
+
+    with LocalCluster(1, bootstrap=False) as beside:
+        yield beside.servers[0].dsn
 
 
 def introduce(teller: Teller, url: str, engine: ShardedEngine) -> None:
@@ -136,7 +177,7 @@ def introduce(teller: Teller, url: str, engine: ShardedEngine) -> None:
     teller.check("the catalog knows the four tables", sorted(held) == sorted(Base.metadata.tables))
 
 
-def fill(teller: Teller, engine: ShardedEngine, data: FlightData, output: Path) -> Facts:
+def fill(teller: Teller, engine: ShardedEngine, data: FlightData, picture: Picture) -> Facts:
     """Load the data, and look whether all of it is there."""
     teller.chapter("Loading")
     with teller.waiting("Reading the file and counting, to check the shards by it ..."):
@@ -150,7 +191,7 @@ def fill(teller: Teller, engine: ShardedEngine, data: FlightData, output: Path) 
     load(teller, engine, data, facts)
     counts = rows_by_shard(engine, one_plane_each(engine, facts))
     teller.step("The ring decides which shard has which plane. This is how the flights spread:")
-    show_spread(teller, counts, output)
+    show_spread(teller, counts, picture)
     teller.check(
         f"the shards have {facts.flights_kept:,} flights in all, as many as the file",
         sum(counts.values()) == facts.flights_kept,

@@ -45,6 +45,11 @@ class Teller:
         self.summary: dict[str, object] = {}
 
     @property
+    def plain(self) -> bool:
+        """Whether only ASCII can be shown."""
+        return self._plain
+
+    @property
     def all_right(self) -> bool:
         """Whether no check has failed."""
         return all(holds for _, holds in self.checks)
