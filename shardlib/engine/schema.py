@@ -67,11 +67,7 @@ class SchemaChange:
     def _at_rest(self) -> Topology:
         """The newest topology, while no rows move: a change of a table would end the job, and gates are the job's."""
         topology = self._cache.newest()
-        if topology.moves:
-            raise UnsupportedOperation(
-                f"job {topology.moves[0].job} is moving rows, so tables cannot be made or dropped now",
-                "wait until it is over, complete it, or cancel it (`shardlib-ops reshard list`)",
-            )
+        _refuse_while_moving(topology, "made or dropped")
         return topology
 
     @staticmethod
@@ -115,9 +111,29 @@ class SchemaChange:
             engine.dispose()
 
     def _publish(self, change: Callable[[Topology, str], Topology]) -> None:
-        """Apply a change to the newest topology, and see it in the cache."""
-        then = publish_change(self._catalog, lambda now: change(now, uuid4().hex), newest=self._cache.newest)
+        """Apply a change to the newest topology, and see it in the cache.
+
+        Raises:
+            UnsupportedOperation: it would change the tables while rows move. A job moves the tables that it began with:
+                rows of a later one would stay behind.
+        """
+
+        def at_rest(now: Topology) -> Topology:
+            after = change(now, uuid4().hex)
+            if after is not now:
+                _refuse_while_moving(now, "recorded or forgotten")
+            return after
+
+        then = publish_change(self._catalog, at_rest, newest=self._cache.newest)
         self._cache.refresh(newer_than=then.version - 1, timeout_s=10.0)
+
+
+def _refuse_while_moving(topology: Topology, what: str) -> None:
+    if topology.moves:
+        raise UnsupportedOperation(
+            f"job {topology.moves[0].job} is moving rows, so tables cannot be {what} now",
+            "wait until it is over, complete it, or cancel it (`shardlib-ops reshard list`); then run this again",
+        )
 
 
 def _connect(shard: Shard, *, autocommit: bool = False) -> psycopg.Connection[tuple[Any, ...]]:

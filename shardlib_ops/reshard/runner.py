@@ -195,6 +195,7 @@ class JobRunner:
         if self._state(found) is not None:
             # A swap whose answer was lost has arrived after all, or another runner was faster.
             raise Blocked("the job's moves were announced meanwhile")
+        self.world.check_tables(found)
         try:
             return announce(found, self.job.moves, nonce=self.world.nonce())
         except InvalidTopology as error:

@@ -142,6 +142,17 @@ class Servers:
         self._topology = await self._ask(lambda: self._catalog.load(self._topology))
         return self._topology
 
+    def check_tables(self, found: Topology) -> None:
+        """See `World.check_tables`."""
+        now = {table.fullname: table for table in found.tables}
+        begun = {table.fullname: table for table in (*self.tables, *self.references)}
+        differ = sorted(name for name in now.keys() | begun.keys() if now.get(name) != begun.get(name))
+        if differ:
+            raise Failure(
+                f"the cluster's tables changed after the job had begun ({', '.join(differ)}): run it again, and change "
+                "no tables meanwhile"
+            )
+
     async def publish(self, after: Topology, *, expected: int) -> bool:
         """See `World.publish`."""
         self._held()

@@ -172,6 +172,14 @@ class World(Protocol):
         """
         ...
 
+    def check_tables(self, found: Topology) -> None:
+        """The cluster's tables are those that this runner moves.
+
+        Raises:
+            Failure: they are not: rows of the others would stay behind.
+        """
+        ...
+
     async def publish(self, after: Topology, *, expected: int) -> bool:
         """Swap the topology while the lease is held; False if another version is stored.
 

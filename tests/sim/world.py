@@ -218,6 +218,7 @@ class FakeWorld:
         self._flows: dict[tuple[int, Direction], FakeFlow] = {}
         self._wish: tuple[float, Wish] | None = None
         self._revision = sim.catalog.revision
+        self._tables = sim.catalog.topology.tables
 
     def mover(self, leg: Leg) -> Callable[[str], bool]:
         """Whether a key is of a leg."""
@@ -236,6 +237,11 @@ class FakeWorld:
         """See `World.topology`."""
         catalog = self.sim.catalog
         return await self.process.call(lambda: catalog.topology, away=catalog.away)
+
+    def check_tables(self, found: Topology) -> None:
+        """See `World.check_tables`."""
+        if found.tables != self._tables:
+            raise Failure("the tables changed")
 
     async def publish(self, after: Topology, *, expected: int) -> bool:
         """See `World.publish`."""

@@ -87,6 +87,7 @@ class Cutover:
             compared: leg number -> LSN up to which the leg was compared; for the rollback, none.
 
         Raises:
+            Failure: the cluster's tables are not those that were copied.
             Mismatch: the sides differ. The ranges are open again on the old side.
             Lost: the outcome of the swap is unknown, or a server is away and the ranges may still be closed: whoever
                 looks at the topology next finds out, and opens them.
@@ -95,6 +96,8 @@ class Cutover:
         topology = await self.world.topology()
         if moves_of(topology, self.job.id) != self._expected(topology):
             raise Blocked("the job's moves are not where this attempt expects them")
+        if self.direction == "forward":
+            self.world.check_tables(topology)
         # Before anything is closed: writers do not wait for it.
         make = switch if self.direction == "forward" else give_back
         after = await reserve(self.world, topology, make(topology, self.job.id, nonce=self.nonce()))
