@@ -34,7 +34,8 @@ class Dsn:
     The password may be a reference instead of the secret itself, read again at every new connection, so that a
     rotated one is picked up: ``env:NAME`` (a variable of the process) or ``file:/path`` (first line of a file).
 
-    Printing it, in any way, shows everything but the secrets. `reveal()` gives the whole string.
+    Printing it, in any way, shows user, host, port and database only, as far as the DSN gives them: libpq fills in
+    the rest. `reveal()` gives the whole string.
 
     Raises:
         InvalidArgument: the text is not a PostgreSQL DSN. The message never holds the text itself, since a
@@ -51,10 +52,12 @@ class Dsn:
             raise InvalidArgument("dsn", f"{scheme}://...", "a PostgreSQL DSN starts with postgresql://")
         try:
             params = conninfo_to_dict(text)
-        except ProgrammingError:
+        except (ProgrammingError, UnicodeError):
+            params = {}
+        if not params:
             raise InvalidArgument(
                 "dsn", "***", "not a PostgreSQL DSN; write postgresql://user:password@host:port/database"
-            ) from None
+            )
         if not params.get("host") and not params.get("service"):
             raise InvalidArgument("dsn", "***", "a DSN names its host, as in postgresql://user@host:port/database")
         self._text = text
@@ -67,13 +70,13 @@ class Dsn:
 
     @property
     def port(self) -> str:
-        """Port, as text."""
+        """Port, as text; 5432 if the DSN names none, though PGPORT or a service may then name another to libpq."""
         return str(self._params.get("port", "5432"))
 
     @property
     def dbname(self) -> str:
-        """Database name; libpq's default is the user's name."""
-        return str(self._params.get("dbname") or self._params.get("user", ""))
+        """Database name; the user's if the DSN names none, though PGDATABASE or a service may name another to libpq."""
+        return str(self._params.get("dbname") or self.user)
 
     @property
     def user(self) -> str:
@@ -96,9 +99,10 @@ class Dsn:
         return make_conninfo("", **params)
 
     def safe(self) -> str:
-        """`postgresql://user@host:port/dbname`, without any secret."""
+        """`postgresql://user@host:port/dbname` without what is not given, and without any secret."""
         user = f"{self.user}@" if self.user else ""
-        return f"postgresql://{user}{self.host}:{self.port}/{self.dbname}"
+        port = f":{self.port}" if self._params.get("port") else ""
+        return f"postgresql://{user}{self.host}{port}/{self._params.get('dbname', '')}"
 
     def __str__(self) -> str:
         return self.safe()
@@ -124,17 +128,32 @@ def resolve_secret(password: str) -> str:
     """
     if password.startswith("env:"):
         name = password[4:]
-        try:
-            return os.environ[name]
-        except KeyError:
-            raise InvalidArgument("password", password, f"the environment has no variable {name}") from None
+        value = os.environ.get(name)
+        if value is None:
+            raise InvalidArgument("password", password, f"the environment has no variable {name}")
+        if _utf8(os.fsencode(value)) is None:
+            raise InvalidArgument("password", password, f"the variable {name} is not UTF-8 text")
+        return value
     if password.startswith("file:"):
-        path = Path(password[5:])
         try:
-            return path.read_text(encoding="utf-8").splitlines()[0]
-        except (OSError, IndexError):
-            raise InvalidArgument("password", password, "the file cannot be read or is empty") from None
+            content = Path(password[5:]).read_bytes()
+        except (OSError, ValueError):
+            content = b""
+        if not content:
+            raise InvalidArgument("password", password, "the file cannot be read or is empty")
+        text = _utf8(content)
+        if text is None:
+            raise InvalidArgument("password", password, "the file is not UTF-8 text")
+        return text.splitlines()[0]
     return password
+
+
+def _utf8(content: bytes) -> str | None:
+    # Python's error holds the whole content, and would be the context of one that is raised while it is handled.
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def secrets_of(text: str) -> tuple[str, ...]:
@@ -148,7 +167,7 @@ def secrets_of(text: str) -> tuple[str, ...]:
             pass  # not a URL after all: the libpq form below
     try:
         params = conninfo_to_dict(text)
-    except ProgrammingError:
+    except (ProgrammingError, UnicodeError):
         params = {}
     found += [str(params[name]) for name in _SECRET if params.get(name)]
     return tuple(dict.fromkeys(found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Final
-from urllib.parse import parse_qs, parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from shardlib.catalog.base import POLL_S, Catalog
 from shardlib.catalog.memory import MemoryStore
@@ -57,13 +57,16 @@ def open_catalog(url: str, *, timeout_s: float = 3.0, poll_s: float = POLL_S) ->
 
 def _postgres(url: str) -> Store:
     base, _, query = url.partition("?")
-    params = parse_qsl(query, keep_blank_values=True)
-    names = [value for key, value in params if key == "catalog"]
-    name = names[-1] if names else "default"
+    name, kept = "default", []
+    for part in query.split("&") if query else ():
+        key, _, value = part.partition("=")
+        if unquote(key) == "catalog":
+            name = unquote(value)
+        else:
+            kept.append(part)  # as it is written: libpq takes a + for a plus
     if not name or len(name) > 200:
         raise InvalidArgument("catalog", name, "1 to 200 characters")
-    rest = urlencode([(key, value) for key, value in params if key != "catalog"])
-    dsn = Dsn(f"{base}?{rest}" if rest else base)
+    dsn = Dsn(f"{base}?{'&'.join(kept)}" if kept else base)
     from shardlib.catalog.postgres import PostgresStore
 
     return PostgresStore(dsn, name)

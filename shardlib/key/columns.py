@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from datetime import date, datetime
-from decimal import Decimal, InvalidOperation
+from decimal import Context, Decimal, InvalidOperation
 from enum import Enum
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -55,6 +55,8 @@ class _At(NamedTuple):
         return InvalidShardKey(self.where, f"its type is {self.shown}: {reason}")
 
 
+_WIDE: Final = Context(prec=147_455, traps=[InvalidOperation])
+"""As many digits as PostgreSQL's numeric has: 131,072 before the point, 16,383 after it."""
 _DIALECT: Final = PGDialect_psycopg()  # type: ignore[no-untyped-call]
 _PADDED: Final = re.compile(r"N?CHAR\b")
 _PRECISION: Final = re.compile(r"TIMESTAMP\((\d)\)")
@@ -186,20 +188,16 @@ def _numeric(kind: sqltypes.Numeric[Any], at: _At) -> PartEncoder:
         number = Decimal(value)
         if not number.is_finite():
             return encode_decimal(number)  # which refuses it
-        exponent = number.as_tuple().exponent
-        if isinstance(exponent, int) and exponent < -scale and number % step:
+        _, digits, exponent = number.as_tuple()
+        # By its digits: arithmetic is cut off at the precision of the caller's context.
+        if isinstance(exponent, int) and exponent < -scale and any(digits[exponent + scale :]):
             raise at.refusal(value, f"at most {scale} digits after the point, or round it first")
         try:
-            return encode_decimal(_at_scale(number, step))
+            return encode_decimal(number.quantize(step, context=_WIDE))
         except InvalidOperation:
             raise at.refusal(value, "a number that fits its precision") from None
 
     return encode
-
-
-def _at_scale(number: Decimal, step: Decimal) -> Decimal:
-    digits = len(number.as_tuple().digits)
-    return number.quantize(step) if digits < 20 else Decimal(format(number, f".{-step.adjusted()}f"))
 
 
 def _uuid(kind: sqltypes.Uuid[Any], at: _At) -> PartEncoder:

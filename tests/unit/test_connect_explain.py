@@ -57,7 +57,7 @@ def test_an_answer_that_libpq_repeats_is_shown_once() -> None:
     reason, down = explain(error, Dsn("postgresql://u:secret@h/d"))
     assert not down
     assert reason == (
-        "postgresql://u@h:5432/d refused the connection: connection failed: "
+        "postgresql://u@h/d refused the connection: connection failed: "
         'connection to server at "h", port 5432 failed: FATAL: no entry, '
         'connection to server at "h", port 5432 failed: FATAL: no entry, SSL off'
     )

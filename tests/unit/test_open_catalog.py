@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from shardlib.catalog import open_catalog
+from shardlib.catalog.postgres import PostgresStore
+from shardlib.catalog.store import Deadline
+from shardlib.catalog.stored import StoredCatalog
 from shardlib.errors import InvalidArgument
+from tests.support.topologies import make_topology
 
 SECRET = "canary-0d1e"
 
@@ -20,7 +25,9 @@ SECRET = "canary-0d1e"
         ("etcd://a:1,b.example:2,[::1]:3/shop", "etcd://a:1,b.example:2,[::1]:3/shop"),
         (f"etcd://root:{SECRET}%40%2F@a:1/x", "etcd://root@a:1/x"),
         (f"postgresql://u:{SECRET}@h:5/d", "postgresql://u@h:5/d?catalog=default"),
-        (f"postgres://u:{SECRET}@h/d?catalog=x&sslmode=disable", "postgresql://u@h:5432/d?catalog=x"),
+        (f"postgres://u:{SECRET}@h/d?catalog=x&sslmode=disable", "postgresql://u@h/d?catalog=x"),
+        ("postgresql://h/d?catalog=a%26b", "postgresql://h/d?catalog=a&b"),
+        ("postgresql://h/d?%63atalog=a+b", "postgresql://h/d?catalog=a+b"),
         ("etcds://a:1/x", "etcds://a:1/x"),
     ],
 )
@@ -69,5 +76,21 @@ def test_a_bad_limit_is_refused(options: dict[str, float]) -> None:
 def test_a_tls_file_is_read_when_the_catalog_is_opened(tmp_path: Path) -> None:
     pem = tmp_path / "ca.pem"
     pem.write_text("not a certificate")
-    catalog = open_catalog(f"etcds://127.0.0.1:1/x?ca={pem}&server_name=etcd.internal")
-    catalog.close()
+    url = f"etcds://127.0.0.1:1/x?ca={pem}&server_name=etcd.internal"
+    with closing(open_catalog(url)) as catalog:
+        assert catalog.safe_url == "etcds://127.0.0.1:1/x"
+    pem.unlink()
+    with pytest.raises(InvalidArgument, match="cannot be read"):
+        open_catalog(url)
+
+
+@pytest.mark.parametrize("place", ["catalog=x&{}", "{}&catalog=x", "catalog=y&{}&catalog=x"])
+def test_what_postgres_is_to_get_stays_as_it_is_written(database: str, place: str) -> None:
+    base, _, given = database.partition("?")
+    query = place.format("&".join(filter(None, [given, "options=-c%20statement_timeout%3D5s"])))
+    with closing(open_catalog(f"{base}?{query}")) as catalog:
+        assert catalog.safe_url.endswith("?catalog=x")
+        catalog.publish(make_topology(), expected=None)
+        assert isinstance(catalog, StoredCatalog)
+        assert isinstance(catalog._store, PostgresStore)
+        assert catalog._store._door.run("SHOW statement_timeout", (), Deadline(3)) == [("5s",)]
