@@ -209,6 +209,7 @@ class TopologyCache:
         """Stop watching, and save the last topology if that is still to be done; idempotent."""
         with self._changed:
             self._closed = True
+            self._listeners = []  # a thread that still waits for the catalog must not keep whoever listened
             self._changed.notify_all()
             self._work.notify_all()
         if self._watch is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from inspect import isawaitable
@@ -56,8 +57,29 @@ class AsyncShardedEngine:
 
     @classmethod
     async def open(cls, url: str, **options: Any) -> Self:
-        """The engine, its first topology read without blocking the event loop."""
-        return await asyncio.to_thread(cls, url, **options)
+        """The engine, its first topology read without blocking the event loop.
+
+        If it is cancelled, the engine is disposed as soon as it is there.
+        """
+        lock, wanted, built = threading.Lock(), True, list[Self]()
+
+        def build() -> None:
+            engine = cls(url, **options)
+            with lock:
+                if wanted:
+                    built.append(engine)
+                    return
+            engine.sync_engine.dispose()  # has opened no connection yet, which would need its loop
+
+        try:
+            await asyncio.to_thread(build)
+        except BaseException:
+            with lock:
+                wanted = False
+            if built:  # it was on its way to us
+                asyncio.get_running_loop().run_in_executor(None, built[0].sync_engine.dispose)
+            raise
+        return built[0]
 
     @property
     def topology(self) -> Topology:
@@ -177,8 +199,19 @@ class AsyncShardedEngine:
         return await asyncio.to_thread(self.sync_engine.settle, older_than_s=older_than_s)
 
     async def dispose(self) -> None:
-        """Close every connection, the watch and the catalog."""
-        await greenlet_spawn(self.sync_engine.dispose)
+        """Close every connection, the watch and the catalog; see `ShardedEngine.dispose`.
+
+        A cancellation does not stop it: it is raised afterwards.
+        """
+        inner = self.sync_engine
+        inner._leave()  # noqa: SLF001 - its own inside
+        try:
+            await asyncio.to_thread(inner._cache.close)  # noqa: SLF001 - waits for its threads
+        finally:
+            try:
+                await greenlet_spawn(inner._close_pools)  # noqa: SLF001
+            finally:
+                await asyncio.to_thread(inner._catalog.close)  # noqa: SLF001 - waits for its threads, and for leases
 
     async def __aenter__(self) -> Self:
         return self

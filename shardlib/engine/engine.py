@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import threading
@@ -56,6 +57,7 @@ __all__ = ["ShardedEngine"]
 
 T = TypeVar("T")
 
+_log = logging.getLogger("shardlib.engine")
 _NO_KEY: Final = object()
 _SETTLE_EVERY_S: Final = 60.0
 _POOL_NAMES: Final = frozenset(PoolOptions.__dataclass_fields__)
@@ -453,15 +455,24 @@ class ShardedEngine:
     # -- its end --------------------------------------------------------------------------------------------------
 
     def dispose(self) -> None:
-        """Close every connection, the watch and the catalog. Idempotent; the engine cannot be used afterwards."""
+        """Close every connection, the watch and the catalog. Idempotent; the engine cannot be used afterwards.
+
+        An engine that is no longer wanted needs it: its threads follow the catalog, and keep the engine, until then.
+        """
+        self._leave()
+        self._cache.close()
+        self._close_pools()
+        self._catalog.close()
+
+    def _leave(self) -> None:
         _engines.discard(self)
         self._core.closed = True
         self._observer.close()
         self._settler.stop()
-        self._cache.close()
+
+    def _close_pools(self) -> None:
         self._core.pools.dispose()
         self._core.waits.close()
-        self._catalog.close()
 
     def __enter__(self) -> Self:
         return self
@@ -494,7 +505,10 @@ def _engines_after_fork() -> None:
     # A hook of its own, which runs after that of `waits`: it was registered later. The cache begins to watch anew here,
     # from threads that may call the pools, and those must have let go of the parent's connections by then.
     for engine in list(_engines):
-        engine._after_fork()  # noqa: SLF001 - our own class
+        try:
+            engine._after_fork()  # noqa: SLF001 - our own class
+        except Exception:  # noqa: BLE001 - one engine's fault must not leave the others with the parent's catalog connections
+            _log.exception("a forked child could not begin to watch anew for %r", engine)
 
 
 os.register_at_fork(after_in_child=_engines_after_fork)
