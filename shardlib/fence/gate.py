@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 from psycopg import errors as pg
@@ -21,7 +21,13 @@ from shardlib.errors import InvalidArgument, InvalidTopology
 from shardlib.fence.holding import LOCK_HOLDERS
 from shardlib.fence.sql import MIGRATIONS, SCHEMA_VERSION
 
-__all__ = ["Closing", "Holder", "close_gate", "holders", "install", "list_gates", "open_gate"]
+__all__ = ["OPEN_GATES", "Closing", "Holder", "close_gate", "holders", "install", "list_gates", "open_gate"]
+
+OPEN_GATES: Final = """
+    SELECT substring(relname FROM 6)::bigint FROM pg_class
+     WHERE relnamespace = to_regnamespace('shardlib') AND relkind = 'r' AND relname ~ '^gate_[0-9]+$' ORDER BY 1
+"""
+"""SQL of the numbers of the gates that are open in a database."""
 
 _INSTALL_LOCK = 0x5348_4152_444C_4942  # "SHARDLIB": only one session installs at a time
 
@@ -249,12 +255,7 @@ def holders(conn: psycopg.Connection[Any], number: int) -> tuple[Holder, ...]:
 
 def list_gates(conn: psycopg.Connection[Any]) -> tuple[int, ...]:
     """The numbers of the gates that are open in this database, rising."""
-    rows = _fetch(
-        conn,
-        "SELECT substring(relname FROM 6)::bigint FROM pg_class"
-        " WHERE relnamespace = to_regnamespace('shardlib') AND relkind = 'r' AND relname ~ '^gate_[0-9]+$' ORDER BY 1",
-    )
-    return tuple(number for (number,) in rows)
+    return tuple(number for (number,) in _fetch(conn, OPEN_GATES))
 
 
 def _gate(number: int) -> sql.Identifier:

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from shardlib.catalog.publish import SWAPS_MAX, swap_pauses
 from shardlib.fence.gate import Closing
 from shardlib.topology import Topology
 from shardlib_ops.reshard.world import Blocked, World
 
 __all__ = ["change", "describe_holders", "open_named", "reserve", "sweep"]
-
-_TRIES: int = 20
 
 
 async def change(world: World, make: Callable[[Topology], Topology]) -> Topology:
@@ -33,7 +32,9 @@ async def change(world: World, make: Callable[[Topology], Topology]) -> Topology
         Superseded: another runner has the job.
         Blocked: others publish without end.
     """
-    for _ in range(_TRIES):
+    for pause_s in swap_pauses(world.jitter):
+        if pause_s:
+            await world.sleep(pause_s)
         before = await world.topology()
         after = await reserve(world, before, make(before))
         if after is None:
@@ -42,7 +43,7 @@ async def change(world: World, make: Callable[[Topology], Topology]) -> Topology
         if await world.publish(after, expected=after.version - 1):
             return after
         await _close_unpublished(world, before, after)
-    raise Blocked(f"the topology was changed by others {_TRIES} times in a row")
+    raise Blocked(f"the topology was changed by others {SWAPS_MAX} times in a row")
 
 
 async def reserve(world: World, before: Topology, after: Topology) -> Topology | None:
@@ -113,7 +114,9 @@ async def _settled(world: World, open_now: Mapping[str, Sequence[int]]) -> Topol
     A gate above all that are named may be another's, who has taken its number and is about to publish it. That is
     bound to the topology's version, so a new version ends it.
     """
-    for _ in range(_TRIES):
+    for pause_s in swap_pauses(world.jitter):
+        if pause_s:
+            await world.sleep(pause_s)
         topology = await world.topology()
         highest = max(gate.number for gate in topology.gates)
         if not any(highest < number < topology.next_gate for numbers in open_now.values() for number in numbers):
@@ -121,7 +124,7 @@ async def _settled(world: World, open_now: Mapping[str, Sequence[int]]) -> Topol
         after = topology.evolve(nonce=world.nonce())
         if await world.publish(after, expected=topology.version):
             return after
-    raise Blocked(f"the topology was changed by others {_TRIES} times in a row")
+    raise Blocked(f"the topology was changed by others {SWAPS_MAX} times in a row")
 
 
 def describe_holders(closing: Closing) -> str:

@@ -15,7 +15,7 @@ from psycopg import errors as pg
 
 from shardlib.dsn import scrub
 from shardlib.errors import RetryableError, ShardlibError
-from shardlib.fence.gate import Closing, close_gate, install, list_gates, open_gate
+from shardlib.fence.gate import OPEN_GATES, Closing, close_gate, install, list_gates, open_gate
 from shardlib.ring import TokenRange
 from shardlib.topology import Shard, Table
 from shardlib_ops.reshard.cleanup import retire
@@ -268,23 +268,39 @@ class ShardSide:
 
     async def _replayed(self, number: int, lsn: str, timeout_s: float) -> None:
         replica = self.shard.replicas[number]
-        behind = f"replica {replica} of shard {self.shard.name!r} has not replayed the closing of the gates"
+        what = f"replica {replica} of shard {self.shard.name!r}"
+        behind = f"{what} has not replayed the closing of the gates"
         try:
             async with asyncio.timeout(timeout_s):
                 conn = await connect(replica, shard=self.shard.name, application=self.runner.application("replica"))
                 async with conn:
                     while True:
                         found = await conn.execute(
-                            "SELECT NOT pg_is_in_recovery() OR pg_last_wal_replay_lsn() >= %s::pg_lsn", (lsn,)
+                            "SELECT pg_is_in_recovery(), pg_last_wal_replay_lsn() >= %s::pg_lsn", (lsn,)
                         )
-                        row = await found.fetchone()
-                        if row is not None and row[0]:
-                            return
+                        standby, replayed = await found.fetchone() or (True, None)
+                        if not standby:
+                            return await self._closed_at(conn, what)
+                        if replayed:
+                            return None
                         await asyncio.sleep(_REPLAY_POLL_S)
         except TimeoutError:
             raise Blocked(f"{behind} within {timeout_s:.2f} s") from None
         except (psycopg.Error, ShardlibError) as error:
             raise Blocked(f"{behind}: {scrub(str(error).strip())}") from None
+
+    async def _closed_at(self, conn: AsyncConnection[Any], what: str) -> None:
+        """A replica that replays no more, since somebody has promoted it, lets nobody in whom the primary keeps out.
+
+        Raises:
+            Blocked: it does.
+        """
+        there = {number for (number,) in await (await conn.execute(OPEN_GATES.encode())).fetchall()}
+        if more := sorted(there - set(await self.gates())):
+            raise Blocked(
+                f"{what} was promoted: it is no standby, and its gates {', '.join(map(str, more))} are open; make it a "
+                "replica again, or take it out of the topology"
+            )
 
     @translated
     async def guard(self, *, active: bool) -> None:
