@@ -128,8 +128,8 @@ def latency_panel(title: str, samples: Iterable[Sample], closed: float, switched
     longest = max((each.ms for each in shown if each.moving), default=0.0)
     parts = _head(
         title,
-        f"{len(shown):,} transactions; the moving keys were closed for {(switched - closed) * 1000:.0f} ms, "
-        f"and the longest of them took {longest:.0f} ms",
+        f"{len(shown):,} transactions; moving keys were closed for {(switched - closed) * 1000:.0f} ms, "
+        f"and the longest transaction on them took {longest:.0f} ms",
     )
     band = f'x="{x(closed):.1f}" y="{_TOP}" width="{max(1.0, x(switched) - x(closed)):.1f}" height="{_PLOT}"'
     parts.append(f'<rect {band} fill="{_BAND}"/>')

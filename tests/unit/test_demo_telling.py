@@ -181,7 +181,9 @@ def test_the_picture_of_a_switch_has_a_point_for_each_transaction_around_it() ->
     assert stays_x == met_x == pytest.approx(110 + 600 / 2.2, abs=0.1)
     assert (met_y, stays_y) == (70, 160), "the longest reaches the top, half of it half way"
     texts = [text.text for text in root.iter(f"{SVG}text")]
-    assert "3 transactions; the moving keys were closed for 200 ms, and the longest of them took 100 ms" in texts
+    assert (
+        "3 transactions; moving keys were closed for 200 ms, and the longest transaction on them took 100 ms" in texts
+    )
     assert "100 ms" in texts
 
 
