@@ -37,6 +37,7 @@ __all__ = ["Channels", "EtcdTarget", "Refused", "RpcError", "reason_of"]
 
 _log = logging.getLogger("shardlib.catalog")
 RpcError: Final = grpc.RpcError
+Metadata = tuple[tuple[str, str], ...]
 
 _OPTIONS: Final = (
     # 6 s: etcd refuses clients that ping more often than every 5 s. The HTTP/2 ping timeout is the one that
@@ -137,8 +138,8 @@ class Channels:
             request: its message.
             deadline: covers every try.
             again: whether it may be sent to another member when the outcome is unknown. False for what must
-                not happen twice; a refused token is renewed in either case, since a refused call had no
-                effect.
+                not happen twice; what was refused for its token or never sent (a login that failed, a channel closed
+                for a fork) is tried anew in either case, since it had no effect.
 
         Raises:
             CatalogUnavailable: no answer by the deadline; with `again=False` it may have happened.
@@ -148,12 +149,13 @@ class Channels:
         reason = "no time left"
         while not deadline.passed():
             at = self._at
+            timeout_s, sent = self._share(deadline, failed), False
             try:
-                return self._once(method, request, at, self._share(deadline, failed))
-            except _HungUp:
-                if not again:
-                    reason = "the process forked while it waited for the answer"
-                    break
+                metadata = self._metadata(at, timeout_s)
+                sent = True
+                return self._once(method, request, at, timeout_s, metadata)
+            except _HungUp as error:
+                reason, sent = f"the process forked ({error})", False
                 failed += 1
             except grpc.RpcError as error:
                 code, details = error.code().name, str(error.details())
@@ -166,7 +168,7 @@ class Channels:
                 reason = f"{self.target.endpoints[at]}: {code} {details}"
                 self.leave(at)
                 failed += 1
-            if not again or self._closed:
+            if (sent and not again) or self._closed:
                 break
             if failed % len(self.target.endpoints) == 0:
                 time.sleep(deadline.left(pause_s * random.uniform(0.5, 1.0)))  # noqa: S311 - jitter
@@ -178,22 +180,22 @@ class Channels:
         left = len(self.target.endpoints) - failed % len(self.target.endpoints)
         return max(deadline.left() / left, deadline.left(_LEAST_TRY_S))
 
-    def _once(self, method: str, request: Any, at: int, timeout_s: float) -> Any:
-        stub = self._channel(at).unary_unary(
-            method_path(method), request_serializer=_bytes, response_deserializer=parser(f"{method}Response")
-        )
-        metadata = self._metadata(at, timeout_s)
-        with self._lock:
-            self._calls += 1
+    def _once(self, method: str, request: Any, at: int, timeout_s: float, metadata: Metadata = ()) -> Any:
         try:
-            return stub(request, timeout=timeout_s, metadata=metadata)
+            stub = self._channel(at).unary_unary(
+                method_path(method), request_serializer=_bytes, response_deserializer=parser(f"{method}Response")
+            )
+            with self._lock:
+                self._calls += 1
+            try:
+                return stub(request, timeout=timeout_s, metadata=metadata)
+            finally:
+                with self._lock:
+                    self._calls -= 1
         except ValueError as error:  # gRPC's answer to a call on a channel that another thread has closed
             if not self._closed:
-                raise _HungUp from None
+                raise _HungUp(str(error)) from None
             raise CatalogUnavailable(self.safe_url, f"this catalog object was closed ({error})") from None
-        finally:
-            with self._lock:
-                self._calls -= 1
 
     def stream(
         self,
@@ -231,8 +233,9 @@ class Channels:
         except grpc.RpcError as error:
             self.leave(at)
             raise self.unavailable(error.code().name, str(error.details())) from None
-        except ValueError as error:
-            raise CatalogUnavailable(self.safe_url, f"this catalog object was closed ({error})") from None
+        except (_HungUp, ValueError) as error:
+            reason = "this catalog object was closed" if self._closed else "the process forked"
+            raise CatalogUnavailable(self.safe_url, f"{reason} ({error})") from None
 
     def unavailable(self, code: str, details: str) -> CatalogUnavailable:
         """The error for a caller. One that a member would give again is final: a wrong password, a missing right."""
@@ -265,7 +268,7 @@ class Channels:
         """Log in again before the next call."""
         self._forget_token()
 
-    def _metadata(self, at: int, timeout_s: float) -> tuple[tuple[str, str], ...]:
+    def _metadata(self, at: int, timeout_s: float) -> Metadata:
         if not self.target.user:
             return ()
         with self._token_lock:
@@ -274,19 +277,22 @@ class Channels:
             return (("token", self._token),) if self._token else ()
 
     def _log_in(self, at: int, timeout_s: float) -> str:
-        stub = self._channel(at).unary_unary(
-            method_path("Authenticate"),
-            request_serializer=_bytes,
-            response_deserializer=parser("AuthenticateResponse"),
-        )
-        request = new("AuthenticateRequest", name=self.target.user, password=resolve_secret(self.target.password))
         try:
-            return str(stub(request, timeout=timeout_s).token)
+            password = resolve_secret(self.target.password)
+        except InvalidArgument as error:
+            raise self._leads_nowhere(error) from None
+        request = new("AuthenticateRequest", name=self.target.user, password=password)
+        try:
+            return str(self._once("Authenticate", request, at, timeout_s).token)
         except grpc.RpcError as error:
             if "authentication is not enabled" in str(error.details()):
                 _log.warning("%s asks for no password, the URL gives one", self.safe_url)
                 return ""
             raise
+
+    def _leads_nowhere(self, error: InvalidArgument) -> CatalogUnavailable:
+        """For a file or variable that the URL refers to: it may be there again when it is looked at anew."""
+        return CatalogUnavailable(self.safe_url, f"{error.name} {error.value}: {error.allowed}", True)
 
     def _forget_token(self) -> None:
         with self._token_lock:
@@ -297,7 +303,10 @@ class Channels:
             if self._closed:
                 raise CatalogUnavailable(self.safe_url, "this catalog object was closed")
             if at not in self._open:
-                self._open[at] = self._connect(self.target.endpoints[at])
+                try:
+                    self._open[at] = self._connect(self.target.endpoints[at])
+                except InvalidArgument as error:
+                    raise self._leads_nowhere(error) from None
             return self._open[at]
 
     def _connect(self, endpoint: str) -> Any:

@@ -8,14 +8,17 @@ import socket
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from contextvars import ContextVar
+from math import ceil
+from typing import Any, Final, Self, TypeVar
 
 import psycopg
+from psycopg.abc import PQGenConn
 from psycopg.conninfo import conninfo_to_dict
 
 from shardlib.catalog.store import Deadline
 from shardlib.dsn import Dsn, hopeless, said_once, scrub
-from shardlib.errors import CatalogUnavailable
+from shardlib.errors import CatalogUnavailable, InvalidArgument
 
 __all__ = ["Door", "Link"]
 
@@ -29,28 +32,51 @@ T = TypeVar("T")
 Row = tuple[Any, ...]
 
 
+class _Attempts:
+    """The hosts that are still to be tried, and when that is over: a silent one must leave time for the others."""
+
+    def __init__(self, deadline: Deadline, hosts: int) -> None:
+        self.deadline, self.hosts = deadline, hosts
+
+    def share(self) -> Deadline:
+        """Until when the next one may take."""
+        seconds = self.deadline.left() / max(1, self.hosts)
+        self.hosts -= 1
+        return Deadline(seconds)
+
+
+_attempts: ContextVar[_Attempts] = ContextVar("_attempts")
+
+
 class Link(psycopg.Connection[Row]):
     """A connection whose every wait ends by `deadline`: a server that is stopped keeps its sockets open for ever."""
 
     deadline = Deadline(0.0)
 
+    @classmethod
+    def opened(cls, conninfo: str, deadline: Deadline) -> Self:
+        """Connect by `deadline`, but for the look-up of names; `connect_timeout` is for each host, and 2 s at least.
+
+        Raises:
+            psycopg.Error: no host let it in.
+        """
+        hosts = str(conninfo_to_dict(conninfo).get("host") or "").count(",") + 1
+        token = _attempts.set(_Attempts(deadline, hosts))
+        try:
+            link = cls.connect(conninfo, autocommit=True, prepare_threshold=None, connect_timeout=_whole(deadline))
+        finally:
+            _attempts.reset(token)
+        link.deadline = deadline
+        return link
+
+    @classmethod
+    def _connect_gen(cls, conninfo: str = "") -> PQGenConn[Self]:
+        # What psycopg calls for each address of each host.
+        return (yield from _bounded(super()._connect_gen(conninfo), _attempts.get().share()))
+
     def wait(self, gen: Generator[Any, Any, T], *args: Any, **kwargs: Any) -> T:
         """Run a generator of psycopg as its parent does, and break off when the deadline has passed."""
-        return super().wait(self._bounded(gen), *args, **kwargs)
-
-    def _bounded(self, gen: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
-        # psycopg resumes a generator that waits with "nothing is ready" several times a second.
-        try:
-            wanted = next(gen)
-            while True:
-                ready = yield wanted
-                if not ready and self.deadline.passed():
-                    gen.close()
-                    raise psycopg.OperationalError("no answer in time")
-                wanted = gen.send(ready)
-        except StopIteration as end:
-            value: T = end.value
-            return value
+        return super().wait(_bounded(gen, self.deadline), *args, **kwargs)
 
     def cut(self) -> None:
         """Break whatever the connection waits for, from another thread."""
@@ -59,6 +85,26 @@ class Link(psycopg.Connection[Row]):
                 twin.shutdown(socket.SHUT_RDWR)
         except (OSError, psycopg.Error):
             pass  # it is closed or broken already
+
+
+def _whole(deadline: Deadline) -> int:
+    """Its seconds as libpq takes them."""
+    return max(2, ceil(deadline.left()))
+
+
+def _bounded(gen: Generator[Any, Any, T], deadline: Deadline) -> Generator[Any, Any, T]:
+    # psycopg resumes a generator that waits with "nothing is ready" several times a second.
+    try:
+        wanted = next(gen)
+        while True:
+            ready = yield wanted
+            if not ready and deadline.passed():
+                gen.close()
+                raise psycopg.OperationalError("no answer in time")
+            wanted = gen.send(ready)
+    except StopIteration as end:
+        value: T = end.value
+        return value
 
 
 class Door:
@@ -83,24 +129,23 @@ class Door:
         """A connection of the caller's own.
 
         Raises:
-            CatalogUnavailable: it cannot be opened.
+            CatalogUnavailable: it cannot be opened; final if its password is a reference that leads nowhere.
         """
         if self._closed:
             raise CatalogUnavailable(self.safe_url, "this catalog object was closed")
         given = conninfo_to_dict(self._dsn.reveal())
         options: dict[str, object] = {
-            "connect_timeout": max(2, int(deadline.left())),
             "application_name": "shardlib-catalog",
             # Only a primary has the newest head; with several hosts this finds it.
             "target_session_attrs": given.get("target_session_attrs", "read-write"),
         }
-        self._resolved = self._dsn.conninfo(**options)
         try:
-            link = Link.connect(self._resolved, autocommit=True, prepare_threshold=None)
+            self._resolved = self._dsn.conninfo(**options)
+            return Link.opened(self._resolved, deadline)
+        except InvalidArgument as error:
+            raise CatalogUnavailable(self.safe_url, f"password {error.value}: {error.allowed}", True) from None
         except psycopg.Error as error:
             raise self.unavailable(error) from None
-        link.deadline = deadline
-        return link
 
     def run(
         self,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from psycopg.conninfo import conninfo_to_dict
 
 from shardlib import AsyncShardedEngine, ShardedEngine
 from shardlib.catalog import Catalog, TopologyCache, open_catalog
+from shardlib.catalog.etcd_channel import Channels, EtcdTarget
+from shardlib.catalog.etcd_proto import new
+from shardlib.catalog.store import Deadline
 from shardlib.dsn import Dsn
 from shardlib.errors import CatalogUnavailable
 from shardlib.route.retry import RetryPolicy, next_wait
@@ -142,31 +147,71 @@ def test_an_engine_does_not_start_and_does_not_wait(etcd: EtcdServer, engine_cla
     assert time.monotonic() - began < 5
 
 
+@pytest.fixture
+def referring(etcd: EtcdServer, database: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[str, str]]:
+    """The URL of a filled catalog whose password is in the variable CATALOG_PASSWORD, and that password."""
+    dsn = Dsn(database)
+
+    def prepared(kind: str) -> tuple[str, str]:
+        if kind == "etcd":
+            monkeypatch.setenv("CATALOG_PASSWORD", SECRET)
+            return f"etcd://app:env:CATALOG_PASSWORD@{etcd.endpoint}/shop", SECRET
+        with closing(open_catalog(f"{database}?catalog=shop")) as catalog:
+            catalog.publish(make_topology(), expected=None)
+        good = str(conninfo_to_dict(database)["password"])
+        monkeypatch.setenv("CATALOG_PASSWORD", good)
+        place = f"{dsn.host}:{dsn.port}/{dsn.dbname}"
+        return f"postgresql://{dsn.user}:env%3ACATALOG_PASSWORD@{place}?catalog=shop", good
+
+    return prepared
+
+
 @pytest.mark.parametrize("kind", ["etcd", "postgres"])
-def test_the_watch_outlives_a_password_that_is_wrong_for_a_while(
-    etcd: EtcdServer,
+def test_a_password_that_is_nowhere_is_told_at_once(
+    referring: Callable[[str], tuple[str, str]], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _ = referring(kind)
+    monkeypatch.delenv("CATALOG_PASSWORD")
+    refused(url, "env:CATALOG_PASSWORD", "no variable")
+    refused(url, "env:CATALOG_PASSWORD", uses=lambda catalog: catalog.watch(print, print) and catalog.version())
+
+
+@pytest.mark.parametrize("kind", ["etcd", "postgres"])
+def test_an_application_starts_from_its_file_while_the_password_is_nowhere(
+    referring: Callable[[str], tuple[str, str]], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (url, good), file = referring(kind), tmp_path / "topology"
+    with ShardedEngine(url, topology_file=file) as engine:
+        version = engine.topology.version
+    monkeypatch.delenv("CATALOG_PASSWORD")
+    with ShardedEngine(url, topology_file=file) as engine:
+        assert engine.topology.version == version
+        monkeypatch.setenv("CATALOG_PASSWORD", good)
+        assert engine.refresh().version == version
+
+
+@pytest.mark.parametrize("kind", ["etcd", "postgres"])
+@pytest.mark.parametrize("password", [WRONG, None])
+def test_the_watch_outlives_a_password_that_is_wrong_or_nowhere_for_a_while(
+    referring: Callable[[str], tuple[str, str]],
     database: str,
     kind: str,
-    tmp_path: Path,
+    password: str | None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.WARNING, "shardlib")
-    dsn = Dsn(database)
-    good = SECRET if kind == "etcd" else str(conninfo_to_dict(database)["password"])
-    urls = {
-        "etcd": f"etcd://app:env:CATALOG_PASSWORD@{etcd.endpoint}/shop",
-        "postgres": f"postgresql://{dsn.user}:env%3ACATALOG_PASSWORD@{dsn.host}:{dsn.port}/{dsn.dbname}?catalog=shop",
-    }
-    monkeypatch.setenv("CATALOG_PASSWORD", good)
-    with closing(open_catalog(urls[kind])) as catalog, closing(open_catalog(urls[kind])) as other:
-        if kind == "postgres":
-            catalog.publish(make_topology(), expected=None)
+    url, good = referring(kind)
+    with closing(open_catalog(url)) as catalog, closing(open_catalog(url)) as other:
         cache = TopologyCache(catalog)
         try:
-            version = cache.start().version
+            version, read_at = cache.start().version, cache._proved_at
             other.version()  # it is logged in: what it publishes needs no login
-            monkeypatch.setenv("CATALOG_PASSWORD", WRONG)
+            eventually(lambda: cache._proved_at != read_at, 10, "the watch is logged in too")
+            if password is None:
+                monkeypatch.delenv("CATALOG_PASSWORD")
+            else:
+                monkeypatch.setenv("CATALOG_PASSWORD", password)
             if kind == "postgres":
                 with psycopg.connect(database, autocommit=True) as conn:
                     conn.execute(
@@ -188,5 +233,76 @@ def test_the_watch_outlives_a_password_that_is_wrong_for_a_while(
         finally:
             cache.close()
     assert caplog.text.count("the watch tries again until it is let in") == 1
+    assert "Traceback" not in caplog.text
     assert WRONG not in caplog.text
     assert good not in caplog.text
+
+
+def put(key: bytes) -> Any:
+    return new("TxnRequest", success=[new("RequestOp", request_put=new("PutRequest", key=key, value=b"1"))])
+
+
+@pytest.mark.parametrize("asked", [1, 2])
+def test_a_write_whose_channel_is_closed_before_it_is_sent_is_sent_after_all(
+    etcd: EtcdServer, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first use of a channel is the login, the second the write: a fork closes it there."""
+    name = f"/shardlib/shop/{uuid.uuid4().hex}".encode()
+    target = EtcdTarget((etcd.endpoint,), "shop", user="app", password=SECRET)
+    with closing(Channels(target)) as channels:
+        opened, channel = [], channels._channel
+
+        def closed_by_a_fork(at: int) -> Any:
+            opened.append(channel(at))
+            if len(opened) == asked:
+                channels.hang_up()
+            return opened[-1]
+
+        monkeypatch.setattr(channels, "_channel", closed_by_a_fork)
+        assert channels.call("Txn", put(name), Deadline(10), again=False).succeeded
+        assert len(opened) == 3
+
+
+def test_a_login_that_fails_does_not_lose_a_write(etcd: EtcdServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        dead = f"127.0.0.1:{silent.getsockname()[1]}"
+        target = EtcdTarget((dead, etcd.endpoint), "shop", user="app", password=SECRET)
+        with closing(Channels(target)) as channels:
+            channels._at = 0
+            assert channels.call("Txn", put(b"/shardlib/shop/login"), Deadline(5), again=False).succeeded
+
+
+def test_a_login_under_way_is_waited_for_by_a_fork() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as pool:
+        target = EtcdTarget((f"127.0.0.1:{silent.getsockname()[1]}",), "shop", user="app", password=SECRET)
+        with closing(Channels(target)) as channels:
+            assert not channels.busy
+            call = pool.submit(channels.call, "Range", new("RangeRequest", key=b"x"), Deadline(10))
+            eventually(lambda: channels.busy, 5, "the login is under way")
+            channels.close()
+            with pytest.raises(CatalogUnavailable):
+                call.result(10)
+            assert not channels.busy
+
+
+@pytest.fixture
+def silent_hosts() -> Iterator[list[str]]:
+    """Two ports that take a connection and say nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        yield [f"127.0.0.1:{each.getsockname()[1]}" for each in (one, other)]
+
+
+def test_hosts_that_are_silent_take_no_longer_than_a_call_may(silent_hosts: list[str]) -> None:
+    with closing(open_catalog(f"postgresql://u@{','.join(silent_hosts)}/d", timeout_s=0.5)) as catalog:
+        began = time.monotonic()
+        with pytest.raises(CatalogUnavailable, match="no answer in time"):
+            catalog.load()
+        assert time.monotonic() - began < 1.5
+
+
+def test_a_silent_host_leaves_time_for_the_next_one(database: str, silent_hosts: list[str]) -> None:
+    dsn = Dsn(database)
+    with closing(
+        open_catalog(database.replace(dsn.host, f"{silent_hosts[0]},{dsn.host}", 1), timeout_s=2.0)
+    ) as catalog:
+        assert catalog.version() is None
