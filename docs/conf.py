@@ -39,7 +39,7 @@ nitpick_ignore_regex = [
     ),
     ("py:.*", r"(Any|Self|T|None|TypeVar|Callable|Awaitable|Iterable|Sequence|Mapping|Path|TracebackType)"),
     # Types of the inside that signatures of public classes show.
-    ("py:class", r"shardlib\.(ring|shard|catalog|topology\.model)\..*|shardlib\.engine\..*\.T"),
+    ("py:class", r"shardlib\.(ring|shard|catalog|topology\.model|session\.bulk)\..*|shardlib\.engine\..*\.T"),
 ]
 
 
