@@ -71,7 +71,8 @@ class TwoPhase:
         """
         if len(unit.writes) < 2:
             return
-        *others, decider = (unit.legs[shard_id] for shard_id in sorted(unit.writes))
+        decider = unit.decider
+        others = [unit.legs[shard_id] for shard_id in sorted(unit.writes) if shard_id != decider.shard.id]
         self._txid, self._decider = uuid4().hex, decider
         try:
             self._core.waits.run_all([partial(self._prepare, leg) for leg in others])

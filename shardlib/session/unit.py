@@ -328,7 +328,7 @@ class Unit:
                         self.core.metrics.failed(error)
                     raise
             if locking:
-                decider = self.legs[max(self.writes)].connection
+                decider = self.decider.connection
                 decider._commit_impl()  # noqa: SLF001 - as above
                 decider.ended = True
         except BaseException:
@@ -337,6 +337,11 @@ class Unit:
         self._stage = "ready"
         for leg in locking:
             leg.let_go()
+
+    @property
+    def decider(self) -> Leg:
+        """Whose COMMIT decides: the last, by id, of the shards written to."""
+        return self.legs[max(self.writes)]
 
     def _end_reads(self) -> list[Leg]:
         """Commit the shards that were only read, but for those whose row locks outlast the writes: these are left."""
