@@ -86,7 +86,10 @@ class StaleTopology(RetryableError):
 
 
 class ShardUnavailable(RetryableError):
-    """No server of the shard could be reached, or it refused the login; nothing was sent.
+    """No server of the shard could be reached, it refused the login, or it began no transaction in time.
+
+    What is done in steps may have been under way when the connection broke or fell silent: of a `bulk_load` nothing is
+    kept unless it is a `BulkLoadIncomplete`; tables that were being made or dropped may be done, also on this shard.
 
     Attributes:
         shard: name of the shard.

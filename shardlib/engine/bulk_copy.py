@@ -8,11 +8,10 @@ are made ready; a shard that falls behind holds up the reader once its socket is
 from __future__ import annotations
 
 import re
-import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Generator
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 import psycopg
 from psycopg import errors as pg
@@ -25,6 +24,7 @@ from shardlib.errors import ShardUnavailable, StaleTopology
 from shardlib.fence.connection import drive
 from shardlib.fence.verdict import GateClosed, lost_connection
 from shardlib.shard import ShardConnection
+from shardlib.shard.patience import limited
 from shardlib.topology import Shard
 
 __all__ = ["CopyLeg"]
@@ -79,7 +79,8 @@ class CopyLeg:
         Raises:
             StaleTopology: one is closed; the transaction can only be rolled back.
             sqlalchemy.exc.DBAPIError: the server refuses a row sent so far or the lock, or the connection was lost.
-            ShardUnavailable: it was silent for too long, as while somebody else keeps a gate locked.
+            ShardUnavailable: it was silent for too long, as while somebody else keeps a gate locked. Nothing of this
+                transaction is kept.
         """
         self._end_copy()
         try:
@@ -157,7 +158,7 @@ class CopyLeg:
 
     def _talk(self, generator: Generator[Any, Any, T]) -> T:
         try:
-            return drive(self._driver, _limited(generator, self._stall_timeout_s))
+            return drive(self._driver, limited(generator, self._stall_timeout_s, _stalled))
         except _Stalled:
             raise ShardUnavailable(
                 self.shard.name, f"it took no data and gave no answer for {self._stall_timeout_s:g} s"
@@ -189,19 +190,5 @@ class _Stalled(Exception):  # noqa: N818 - an answer to act on
     """One talk with the server took too long."""
 
 
-def _limited(generator: Generator[Any, Any, T], limit_s: float) -> Generator[Any, Any, T]:
-    """A generator of psycopg that gives up when it waits after so many seconds.
-
-    The driver resumes it several times a second, also when nothing is ready.
-    """
-    deadline = time.monotonic() + limit_s
-    try:
-        wanted = next(generator)
-        while True:
-            ready = yield wanted
-            if not ready and time.monotonic() > deadline:
-                raise _Stalled
-            wanted = generator.send(ready)
-    except StopIteration as end:
-        answer: T = end.value
-        return answer
+def _stalled() -> NoReturn:
+    raise _Stalled

@@ -403,19 +403,22 @@ class ShardedEngine:
         """
         check(CALLS, {"app_roles": app_roles})
         with self._schema_lock:
-            SchemaChange(self._catalog, self._cache).create_all(metadata, app_roles=app_roles, checkfirst=checkfirst)
+            self._schema_change().create_all(metadata, app_roles=app_roles, checkfirst=checkfirst)
 
     def drop_all(self, metadata: MetaData, *, checkfirst: bool = True) -> None:
         """Drop the tables on every shard and forget them in the catalog. Raises as `create_all` does."""
         with self._schema_lock:
-            SchemaChange(self._catalog, self._cache).drop_all(metadata, checkfirst=checkfirst)
+            self._schema_change().drop_all(metadata, checkfirst=checkfirst)
             for table in metadata.tables.values():
                 self._core.specs.pop(table, None)
 
     def register(self, metadata: MetaData) -> None:
         """Record tables in the catalog that something else creates (Alembic, for example)."""
         with self._schema_lock:
-            SchemaChange(self._catalog, self._cache).record(metadata)
+            self._schema_change().record(metadata)
+
+    def _schema_change(self) -> SchemaChange:
+        return SchemaChange(self._catalog, self._cache, self._core.pools.options)
 
     # -- in-doubt transactions ------------------------------------------------------------------------------------
 

@@ -34,7 +34,8 @@ class EngineOptions:
     poll_s: float = POLL_S
     """How often the catalog is asked beside its watch."""
     reroute_timeout_s: float = 15.0
-    """How long work that has not begun waits for a topology that leads it through an open gate."""
+    """How long work that has not begun waits for a topology that leads it through an open gate, and for a server to
+    begin it (or `connect_timeout_s`, if that is longer)."""
     retry: RetryPolicy = RetryPolicy()  # noqa: RUF009 - frozen
     telemetry: TelemetryOptions = TelemetryOptions()  # noqa: RUF009 - frozen
     echo: Echo = False

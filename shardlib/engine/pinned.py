@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import psycopg
 from sqlalchemy import Connection, Engine, Executable, TextClause, event
 from sqlalchemy.schema import DDLElement
 
 from shardlib.errors import ShardKeyMismatch, ShardUnavailable, StaleTopology
 from shardlib.fence.connection import begins_without_gate, lock_gates, start
-from shardlib.fence.verdict import GateClosed, lost_connection
+from shardlib.fence.verdict import GateClosed, Silent, lost_connection
 from shardlib.route.needs import Scope
 from shardlib.session.core import DEAD_MAX, Core, as_sqlalchemy, begun_by_status, check_active, is_read_only
 from shardlib.session.statements import keyless_write, pinned_needs, refuse_raw
@@ -115,7 +116,8 @@ def _begin(core: Core, key: bytes, conn: Connection) -> Topology:
 
     Raises:
         StaleTopology: no topology with an open gate came in time.
-        ShardUnavailable, PoolTimeout: the shard could not be reached, or is inactive.
+        ShardUnavailable, PoolTimeout: the shard could not be reached, is inactive, or silent.
+        sqlalchemy.exc.DBAPIError: the server refused to begin for another reason, such as its `lock_timeout`.
     """
     assert isinstance(conn, ShardConnection)  # noqa: S101 - for the type checker
     topology = core.cache.current
@@ -128,14 +130,17 @@ def _begin(core: Core, key: bytes, conn: Connection) -> Topology:
             _move(conn, core.pools.engine(place.shard.id))
         conn.shard = place.shard
         try:
-            start(conn.driver, (place.gate,))
-            begun_by_status(place.shard, conn)
+            start(conn.driver, (place.gate,), core.start_limit_s)
+            begun_by_status(place.shard, conn, core.start_limit_s)
         except GateClosed as closed:
             topology = core.newer(topology, closed, place.shard.name, deadline, attempt)
             attempt += 1
-        except BaseException as error:
+        except Silent as error:
+            raise core.fell_silent(place.shard, conn, error) from None
+        except psycopg.Error as error:
             if not lost_connection(error):
-                raise
+                with as_sqlalchemy(conn):
+                    raise
             dead += 1
             if dead > DEAD_MAX:
                 raise ShardUnavailable(place.shard.name, "its connections are lost as they begin") from error

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 from uuid import uuid4
 
 import psycopg
+from psycopg.conninfo import make_conninfo
 from psycopg.errors import LockNotAvailable
 from sqlalchemy import Connection, ForeignKeyConstraint, MetaData, create_engine
 from sqlalchemy import Table as SaTable
@@ -19,24 +19,33 @@ from shardlib.catalog import Catalog, TopologyCache, publish_change
 from shardlib.engine.locks import holders_of
 from shardlib.errors import InvalidTopology, LockTimeout, UnsupportedOperation
 from shardlib.key.declare import KeySpec, describe
-from shardlib.shard.connect import lost
+from shardlib.shard.connect import conninfo_of, lost
+from shardlib.shard.options import PoolOptions
+from shardlib.shard.patience import AskingConnection
 from shardlib.shard.prepare import prepare_shard, unavailable
 from shardlib.topology import Shard, Table, Topology
 from shardlib.topology.change import forget_tables, record_tables
 
 __all__ = ["SchemaChange"]
 
-_CONNECT_TIMEOUT_S = 10
 _LOCK_TIMEOUT_S = 10
 """As long as `install` waits. DDL that waits holds up whoever comes to its table after it."""
+_ASK_AFTER_S = 20.0
+"""A statement may take as long as it needs; a server that is silent for so long is asked whether it is there."""
 _SIDE_BY_SIDE = 8
 
 
 class SchemaChange:
-    """One change of the tables of a cluster. Blocking; runs on connections of its own, outside the pools."""
+    """One change of the tables of a cluster. Blocking; runs on connections of its own, outside the pools.
 
-    def __init__(self, catalog: Catalog, cache: TopologyCache) -> None:
-        self._catalog, self._cache = catalog, cache
+    Args:
+        catalog: where the topology is stored.
+        cache: the topology in memory.
+        options: of the pools; connections are opened as theirs are.
+    """
+
+    def __init__(self, catalog: Catalog, cache: TopologyCache, options: PoolOptions) -> None:
+        self._catalog, self._cache, self._options = catalog, cache, options
 
     def create_all(self, metadata: MetaData, *, app_roles: Sequence[str], checkfirst: bool) -> None:
         """See `ShardedEngine.create_all`."""
@@ -78,22 +87,21 @@ class SchemaChange:
         for done in running:
             done.result()
 
-    @staticmethod
-    def _prepare(topology: Topology, shard: Shard, app_roles: Sequence[str]) -> None:
+    def _prepare(self, topology: Topology, shard: Shard, app_roles: Sequence[str]) -> None:
         gates = topology.gates_of(shard.id)
-        with _connect(shard, autocommit=True) as conn:
+        with self._connect(shard, autocommit=True) as conn:
             prepare_shard(conn, shard, cluster_id=topology.cluster_id, gates=gates, app_roles=app_roles)
 
-    @staticmethod
-    def _ddl(shard: Shard, metadata: MetaData, work: Callable[[Connection], None], *, dropping: bool) -> None:
+    def _ddl(self, shard: Shard, metadata: MetaData, work: Callable[[Connection], None], *, dropping: bool) -> None:
         """Run DDL in one transaction of a shard, which waits for locks within the limit.
 
         Raises:
-            ShardUnavailable: the connection could not be had, or broke.
+            ShardUnavailable: the connection could not be had, or broke. If it broke at COMMIT, the change may be there:
+                running it again is right in any case.
             LockTimeout: other transactions hold the tables.
             sqlalchemy.exc.DBAPIError: the server refused a statement.
         """
-        engine = create_engine("postgresql+psycopg://", creator=lambda: _connect(shard), poolclass=NullPool)
+        engine = create_engine("postgresql+psycopg://", creator=lambda: self._connect(shard), poolclass=NullPool)
         try:
             with engine.begin() as conn:
                 conn.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT_S}s'")
@@ -101,7 +109,7 @@ class SchemaChange:
         except OperationalError as error:
             if isinstance(error.orig, LockNotAvailable):
                 tables = [(table.schema, str(table.name)) for table in metadata.sorted_tables]
-                with _connect(shard, autocommit=True) as conn:
+                with self._connect(shard, autocommit=True) as conn:
                     holders = holders_of(conn, tables, readers=dropping)
                 raise LockTimeout(shard.name, _LOCK_TIMEOUT_S, holders) from None
             if error.orig is None or not lost(error):
@@ -109,6 +117,20 @@ class SchemaChange:
             raise unavailable(shard, error.orig) from None
         finally:
             engine.dispose()
+
+    def _connect(self, shard: Shard, *, autocommit: bool = False) -> AskingConnection:
+        """A connection of our own to a shard's primary.
+
+        Raises:
+            ShardUnavailable: it could not be had.
+        """
+        conninfo = make_conninfo(conninfo_of(shard.primary, self._options), application_name="shardlib schema")
+        try:
+            conn = AskingConnection.connect(conninfo, autocommit=autocommit)
+        except psycopg.OperationalError as error:
+            raise unavailable(shard, error) from None
+        conn.shard, conn.conninfo, conn.ask_after_s = shard, conninfo, _ASK_AFTER_S
+        return conn
 
     def _publish(self, change: Callable[[Topology, str], Topology]) -> None:
         """Apply a change to the newest topology, and see it in the cache.
@@ -134,21 +156,6 @@ def _refuse_while_moving(topology: Topology, what: str) -> None:
             f"job {topology.moves[0].job} is moving rows, so tables cannot be {what} now",
             "wait until it is over, complete it, or cancel it (`shardlib-ops reshard list`); then run this again",
         )
-
-
-def _connect(shard: Shard, *, autocommit: bool = False) -> psycopg.Connection[tuple[Any, ...]]:
-    """A connection of our own to a shard's primary.
-
-    Raises:
-        ShardUnavailable: it could not be had.
-    """
-    try:
-        return psycopg.connect(
-            shard.primary.conninfo(connect_timeout=_CONNECT_TIMEOUT_S, application_name="shardlib schema"),
-            autocommit=autocommit,
-        )
-    except psycopg.OperationalError as error:
-        raise unavailable(shard, error) from None
 
 
 def records(metadata: MetaData) -> list[Table]:

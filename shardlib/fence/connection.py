@@ -11,12 +11,14 @@ from collections.abc import Awaitable, Generator
 from typing import Any, ClassVar, TypeVar, cast
 
 import psycopg
+from psycopg import errors as pg
 from sqlalchemy.util import await_only
 
 from shardlib.fence.cursor import AsyncFencedCursor, AsyncFencedServerCursor, FencedCursor, FencedServerCursor
 from shardlib.fence.ending import Ending, UnknownCommit, outcome_of
 from shardlib.fence.gated import begins_without_gate
 from shardlib.fence.looped import LoopedConnection
+from shardlib.fence.verdict import Silent
 
 __all__ = [
     "AsyncFencedConnection",
@@ -24,6 +26,7 @@ __all__ = [
     "UnknownCommit",
     "begins_without_gate",
     "drive",
+    "drive_within",
     "lock_gates",
     "start",
 ]
@@ -84,16 +87,41 @@ def drive(driver: FencedConnection | AsyncFencedConnection, generator: Generator
     return await_only(answer) if driver.is_async else answer  # type: ignore[no-any-return]
 
 
-def start(driver: FencedConnection | AsyncFencedConnection, gates: tuple[int, ...]) -> None:
-    """Begin a transaction that holds these gates, in one round trip.
+def drive_within(
+    driver: FencedConnection | AsyncFencedConnection, generator: Generator[Any, Any, T], limit_s: float | None
+) -> T:
+    """`drive`, for so many seconds at most (None: any number): a frozen server closes no connection.
 
     Raises:
+        Silent: it took longer.
+    """
+    try:
+        answer: Any = driver.wait(generator, timeout=limit_s)
+        return await_only(answer) if driver.is_async else answer  # type: ignore[no-any-return]
+    except pg._WaitTimeout:  # noqa: SLF001 - psycopg asks its callers to convert it
+        driver.pgconn.finish()
+        raise Silent(f"no answer within {limit_s} s") from None
+
+
+def start(
+    driver: FencedConnection | AsyncFencedConnection, gates: tuple[int, ...], limit_s: float | None = None
+) -> None:
+    """Begin a transaction that holds these gates, in one round trip.
+
+    Args:
+        driver: the connection.
+        gates: their numbers.
+        limit_s: seconds that it may take (None: any number); one that waits for a gate which is being closed takes
+            milliseconds.
+
+    Raises:
+        Silent: it took longer, and the connection is closed.
         GateClosed: one of them is gone; nothing ran, and the connection is idle again.
         InvalidTopology: the schema is missing or the role may not take the gate.
         psycopg.Error: the connection was lost, or the server refused for another reason.
     """
     driver.arm(gates)
-    drive(driver, driver.begin())
+    drive_within(driver, driver.begin(), limit_s)
 
 
 def lock_gates(driver: FencedConnection | AsyncFencedConnection, gates: tuple[int, ...]) -> None:

@@ -7,6 +7,7 @@ from time import monotonic
 from typing import Any, Final, TypeVar, cast
 
 import psycopg
+from psycopg import errors as pg
 from psycopg.abc import PQGen
 from psycopg.waiting import Ready, Wait
 
@@ -18,6 +19,8 @@ T = TypeVar("T")
 
 _INTERVAL_S: Final = 0.1
 _BUSY_MAX_S: Final = 0.005
+_COARSE_S: Final = 1.0
+"""A limit of so much may be kept to a tenth of a second."""
 _READ: Final = Wait.R
 _READY: Final = Ready.R
 _NOT_READY: Final = Ready.NONE
@@ -38,7 +41,7 @@ class LoopedConnection(psycopg.AsyncConnection[Any]):
         interval: float = _INTERVAL_S,
         timeout: float | None = None,  # noqa: ASYNC109 - psycopg's signature
     ) -> T:
-        """As psycopg's, for the waits that nearly all are: for an answer, without a time limit.
+        """As psycopg's, for the waits that nearly all are: for an answer, without a time limit or with a coarse one.
 
         All others, and what follows a cancellation, are left to psycopg in the middle of the generator.
         """
@@ -46,8 +49,9 @@ class LoopedConnection(psycopg.AsyncConnection[Any]):
         if loop is not self._loop:
             self._loop, self._watch = loop, watch_of(loop)
         watch = self._watch
-        if watch is None or timeout is not None:
+        if watch is None or (timeout is not None and timeout < _COARSE_S):
             return await self._driver_waits(gen, interval, timeout)
+        deadline = None if timeout is None else monotonic() + timeout
         try:
             state = next(gen)
         except StopIteration as end:
@@ -60,13 +64,16 @@ class LoopedConnection(psycopg.AsyncConnection[Any]):
                 ready = await watch.readable(loop, self.pgconn.socket)
                 self._gave_way = monotonic()
                 state = gen.send(_READY if ready else _NOT_READY)
+                if not ready and deadline is not None and monotonic() >= deadline:
+                    raise pg._WaitTimeout("wait timeout expired")  # noqa: SLF001 - as psycopg's
         except StopIteration as end:
             return cast("T", end.value)
         except OSError as error:
             raise psycopg.OperationalError("the connection's socket is closed") from error
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
             return await self._driver_waits(_Resumed(gen, error), interval, None)
-        return await self._driver_waits(_Resumed(gen, state), interval, None)
+        left_s = None if deadline is None else max(0.0, deadline - monotonic())
+        return await self._driver_waits(_Resumed(gen, state), interval, left_s)
 
     async def _driver_waits(self, gen: Any, interval: float, timeout_s: float | None) -> T:
         waited: Any = await super().wait(gen, interval, timeout_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psycopg
 from psycopg import errors as pg
 
-__all__ = ["GateClosed", "commit_outcome_unknown", "is_closed_gate", "lost_connection"]
+__all__ = ["GateClosed", "Silent", "commit_outcome_unknown", "is_closed_gate", "lost_connection"]
 
 
 class GateClosed(Exception):  # noqa: N818 - an answer to act on, not a fault that reaches the user
@@ -18,6 +18,10 @@ class GateClosed(Exception):  # noqa: N818 - an answer to act on, not a fault th
     def __init__(self, gates: tuple[int, ...]) -> None:
         super().__init__(gates)
         self.gates = gates
+
+
+class Silent(psycopg.OperationalError):
+    """The server gave no answer in time. The connection is closed: what it would answer yet, nobody hears."""
 
 
 def is_closed_gate(error: BaseException) -> bool:

@@ -25,8 +25,8 @@ from shardlib.errors import (
     StaleTopology,
     UnsupportedOperation,
 )
-from shardlib.fence.connection import drive, start
-from shardlib.fence.verdict import GateClosed, lost_connection
+from shardlib.fence.connection import drive_within, start
+from shardlib.fence.verdict import GateClosed, Silent, lost_connection
 from shardlib.key.declare import KeySpec, describe
 from shardlib.shard import ShardConnection, ShardPools
 from shardlib.telemetry import Metrics, blame
@@ -61,6 +61,9 @@ class Core:
     _waiting: set[Waiter] = field(default_factory=set)
     token: Callable[[bytes], int] = field(init=False)
     """Key bytes to token, by the hash function that the cluster was created with."""
+    start_limit_s: float = field(init=False)
+    """How long a server may take to begin a transaction: as long as work that has not begun waits for its gate, and no
+    shorter than it may take to connect."""
     described: Callable[[SaTable], KeySpec] = field(init=False)
     """`describe`, as one object: what extraction keeps is tied to it."""
 
@@ -74,6 +77,7 @@ class Core:
     def __post_init__(self) -> None:
         self.token = hash_of(self.cache.current.hash_function)
         self.described = self.describe
+        self.start_limit_s = max(self.reroute_timeout_s, self.pools.options.connect_timeout_s)
         self.cache.listen(self._arrived)
         event.listen(self.pools.dialect, "handle_error", _show_read_only)
 
@@ -218,8 +222,9 @@ class Core:
 
         Raises:
             GateClosed: a gate is gone; the connection is back in its pool.
-            ShardUnavailable: the shard is inactive, or not reachable.
+            ShardUnavailable: the shard is inactive, not reachable, or silent.
             PoolTimeout: no connection became free in time.
+            sqlalchemy.exc.DBAPIError: the server refused to begin for another reason, such as its `lock_timeout`.
         """
         if self.closed:
             self.check_open()
@@ -234,22 +239,41 @@ class Core:
                     conn = conn.execution_options(**options)
                 conn.begin()
                 if sent is None:
-                    start(conn.driver, gates)
+                    start(conn.driver, gates, self.start_limit_s)
                 else:
-                    drive(conn.driver, conn.driver.begin())
-                begun_by_status(shard, conn)
+                    drive_within(conn.driver, conn.driver.begin(), self.start_limit_s)
+                begun_by_status(shard, conn, self.start_limit_s)
             except (GateClosed, UnsupportedOperation):
                 conn.close()
                 raise
+            except Silent as error:
+                refusal = self.fell_silent(shard, conn, error)
+                conn.close()
+                raise refusal from None
+            except psycopg.Error as error:
+                try:
+                    if not lost_connection(error):
+                        with as_sqlalchemy(conn):
+                            raise
+                finally:
+                    conn.invalidate(error)
+                    conn.close()
+                continue
             except BaseException as error:
                 conn.invalidate(error)
                 conn.close()
-                if lost_connection(error):
-                    continue
                 raise
             conn.shard = shard
             return conn
         raise ShardUnavailable(shard.name, f"{DEAD_MAX} connections in turn were lost as they began a transaction")
+
+    def fell_silent(self, shard: Shard, conn: ShardConnection, error: Silent) -> ShardUnavailable:
+        """Give up a connection whose server does not begin a transaction, and tell the breaker. The error to raise."""
+        reason = f"it began no transaction within {self.start_limit_s:g} s"
+        pool: Any = conn.engine.pool
+        pool.fell_silent(conn.driver, reason)
+        conn.invalidate(error)
+        return ShardUnavailable(shard.name, reason)
 
 
 class Ahead:
@@ -292,14 +316,15 @@ def check_active(shard: Shard) -> None:
         raise ShardUnavailable(shard.name, "its status is inactive")
 
 
-def begun_by_status(shard: Shard, conn: ShardConnection) -> None:
+def begun_by_status(shard: Shard, conn: ShardConnection, limit_s: float) -> None:
     """The transaction of a read-only shard has begun: the server refuses writes in it, also those of text.
 
     Raises:
+        Silent: no answer in time; the connection is closed.
         psycopg.Error: the connection was lost.
     """
     if shard.status is Status.READONLY:
-        drive(conn.driver, conn.driver.message(b"SET TRANSACTION READ ONLY"))
+        drive_within(conn.driver, conn.driver.message(b"SET TRANSACTION READ ONLY"), limit_s)
 
 
 def is_read_only(shard: Shard) -> UnsupportedOperation:

@@ -236,24 +236,31 @@ class ShardPool(Pool):
         epoch = member.epoch
         dsn = self._latest()
         conninfo = conninfo_of(dsn, context.options)
-        self._budget.begin_attempt(member)
         jitter = context.random.uniform(0.5, 1.0)
+        connection = None
         try:
-            connection = self._dial(conninfo)
-        except Exception as error:
-            (reason, down), final = explain(error, dsn, conninfo), hopeless(error)
-            let_go(error)
-            self._budget.end_attempt(member, reason if down else None, jitter)
-            if not isinstance(error, psycopg.Error | OSError):
-                raise
-            connection = None
+            self._budget.begin_attempt(member)
+            try:
+                connection = self._dial(conninfo)
+            except Exception as error:
+                (reason, down), final = explain(error, dsn, conninfo), hopeless(error)
+                let_go(error)
+                self._budget.end_attempt(member, reason if down else None, jitter)
+                if not isinstance(error, psycopg.Error | OSError):
+                    raise
+            else:
+                self._budget.end_attempt(member, None, jitter)
+        except Exception:
+            raise  # the breaker refused, or was told
         except BaseException as error:
+            # Wherever it came, the breaker must not wait for an attempt that is over.
             let_go(error)
             self._budget.give_up_attempt(member)
+            if connection is not None:
+                self._close_connection(connection, terminate=True)
             raise
         if connection is None:  # raised here, so that the driver's error and its socket are not kept as its context
             raise ShardUnavailable(self.name, reason, final)
-        self._budget.end_attempt(member, None, jitter)
         driver = self._dialect.get_driver_connection(connection)
         try:
             self._adopt(entry, driver, dsn, epoch, jitter)
@@ -279,6 +286,14 @@ class ShardPool(Pool):
         if not context.waits.is_async:
             return context.connection_class.connect(conninfo, **arguments)
         return context.dialect.dialect.connect(conninfo, async_creator_fn=context.connection_class.connect, **arguments)
+
+    def fell_silent(self, driver: Any, reason: str) -> None:
+        """A connection got no answer where it should get one at once: for the breaker, a failed attempt to connect."""
+        with Section(self._budget), self._budget.lock:
+            dsns = [entry.dsn for entry in self._entries if entry.fenced is driver]
+        if self.tried in dsns:  # else the topology has named another endpoint since
+            jitter = self.context.random.uniform(0.5, 1.0)
+            self._budget.end_attempt(self.member, f"{self.tried.safe()} did not answer: {reason}", jitter)
 
     def _adopt(self, entry: PoolEntry, driver: Any, dsn: Dsn, epoch: int, jitter: float) -> None:
         entry.owner = self._owner()

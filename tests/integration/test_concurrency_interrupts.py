@@ -9,9 +9,10 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import insert, select
 
 from shardlib import ShardedEngine
+from shardlib.shard.breaker import BreakerState
 from shardlib_ops import LocalCluster
 from tests.support.models import Base, Customer
 from tests.support.quiet import assert_quiet, out
@@ -92,3 +93,34 @@ def test_interrupted_at_each_point(cold: bool) -> None:
         assert not lost, "\n".join(lost)
         assert at > (60 if cold else 40), "there are more points than that"
         assert_quiet(engine, cluster.servers)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_an_interrupted_probe_lets_the_next_one_probe() -> None:
+    options: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout_s": 2}
+    with LocalCluster(shards=1) as cluster, ShardedEngine(cluster.url, **options) as engine:
+        engine.create_all(Base.metadata)
+
+        def read() -> None:
+            with engine.session("key") as session:
+                session.execute(select(Customer).where(Customer.tenant_id == "key"))
+
+        read()
+        (pool,) = (each.pool for each in engine._core.pools._engines.values())
+        breaker: Any = pool.member.breaker  # type: ignore[attr-defined]
+        at, stuck = 0, list[str]()
+        while True:
+            at += 1
+            pool.dispose()
+            breaker.state, breaker._until = BreakerState.OPEN, 0.0  # as after failures whose wait is over
+            interrupt = interrupted(read, at)
+            if not interrupt.done:
+                break
+            gc.collect(0)
+            out(engine)  # a permit that was lost on its way comes back
+            if breaker.state is BreakerState.PROBING:
+                stuck.append(interrupt.where)
+        assert not stuck, "\n".join(stuck)
+        assert breaker.state is BreakerState.CLOSED
+        assert at > 60, "there are more points than that"

@@ -11,7 +11,7 @@ from sqlalchemy import Column, MetaData, String, Table
 
 from shardlib import ShardedEngine
 from shardlib.catalog import open_catalog, publish_change
-from shardlib.engine.schema import SchemaChange, records
+from shardlib.engine.schema import records
 from shardlib.errors import UnsupportedOperation
 from shardlib.topology.change import record_tables
 from shardlib_ops import LocalCluster
@@ -73,7 +73,7 @@ async def test_no_table_is_recorded_while_rows_move(cluster: LocalCluster, engin
 async def test_a_job_that_is_announced_while_tables_are_made(cluster: LocalCluster, engine: ShardedEngine) -> None:
     """What was asked before the tables were made is asked once more when they are published."""
     job_id = await job_of(cluster, engine)
-    change = SchemaChange(engine._catalog, engine._cache)
+    change = engine._schema_change()
     everywhere = change._everywhere
 
     def slowly(*given: object) -> None:
