@@ -29,10 +29,11 @@ from shardlib import AsyncShardedEngine, ShardedEngine
 from shardlib.catalog import open_catalog
 from shardlib.fence import FencedConnection, close_gate, open_gate, start
 from shardlib.ring import TokenRange
-from shardlib.topology.change import give_gate, renew_gates
+from shardlib.topology.change import renew_gates
 from shardlib_ops import LocalCluster
 from shardlib_ops.local.binaries import find_postgres
 from shardlib_ops.local.process import account, children_of
+from tests.support.gates import give_gate
 
 __all__ = ["run"]
 

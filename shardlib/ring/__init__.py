@@ -9,7 +9,6 @@ from shardlib.ring.ranges import (
     intersect_ranges,
     merge_ranges,
     ranges_contain,
-    subtract_ranges,
 )
 from shardlib.ring.ring import Ring
 
@@ -27,5 +26,4 @@ __all__ = [
     "ranges_contain",
     "reassign",
     "remove_shard",
-    "subtract_ranges",
 ]

@@ -15,7 +15,6 @@ __all__ = [
     "intersect_ranges",
     "merge_ranges",
     "ranges_contain",
-    "subtract_ranges",
 ]
 
 TOKEN_COUNT = 1 << 64
@@ -84,25 +83,6 @@ def intersect_ranges(left: Iterable[TokenRange], right: Iterable[TokenRange]) ->
         else:
             j += 1
     return tuple(common)
-
-
-def subtract_ranges(left: Iterable[TokenRange], right: Iterable[TokenRange]) -> tuple[TokenRange, ...]:
-    """The tokens of `left` that are not in `right`, in normal form (see `merge_ranges`)."""
-    holes = merge_ranges(right)
-    kept: list[TokenRange] = []
-    for first, last in merge_ranges(left):
-        start = first
-        for hole in holes[max(0, bisect_right(holes, (first, TOKEN_COUNT)) - 1) :]:
-            if hole.first > last:
-                break
-            if hole.last < start:
-                continue
-            if start < hole.first:
-                kept.append(TokenRange(start, hole.first - 1))
-            start = hole.last + 1
-        if start <= last:
-            kept.append(TokenRange(start, last))
-    return tuple(kept)
 
 
 def ranges_contain(ranges: Sequence[TokenRange], token: int) -> bool:

@@ -64,12 +64,13 @@ from shardlib.errors import (
 from shardlib.fence.gate import close_gate, open_gate
 from shardlib.ring import TokenRange
 from shardlib.topology import Status
-from shardlib.topology.change import give_gate, renew_gates
+from shardlib.topology.change import renew_gates
 from shardlib_ops import LocalCluster
 from shardlib_ops.local import LocalServer
 from shardlib_ops.manager.bootstrap import NewShard, create_cluster
 from tests.support.eventually import eventually
 from tests.support.faults import Proxy
+from tests.support.gates import give_gate
 from tests.support.models import Base, CardPayment, Currency, Order, Payment
 
 KEY = {"shard_key": True}

@@ -18,9 +18,10 @@ from shardlib.fence import close_gate, holders, install, list_gates, open_gate
 from shardlib.fence.sql import SCHEMA_VERSION
 from shardlib.ring import TokenRange
 from shardlib.topology import Topology
-from shardlib.topology.change import give_gate, move_ranges, renew_gates
+from shardlib.topology.change import renew_gates
 from shardlib_ops import LocalCluster
 from tests.support.eventually import eventually
+from tests.support.gates import give_gate, move_ranges
 from tests.support.models import Customer, Order
 
 LEVELS = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]

@@ -21,8 +21,9 @@ from shardlib.fence import close_gate, holders, open_gate
 from shardlib.fence.control import ending_statement, plain_start
 from shardlib.ring import TokenRange
 from shardlib.session.core import Ahead, Core
-from shardlib.topology.change import give_gate, move_ranges, renew_gates
+from shardlib.topology.change import renew_gates
 from shardlib_ops import LocalCluster
+from tests.support.gates import give_gate, move_ranges
 from tests.support.models import Base, Customer, Order
 
 

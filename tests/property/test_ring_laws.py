@@ -20,8 +20,8 @@ from shardlib.ring import (
     ranges_contain,
     reassign,
     remove_shard,
-    subtract_ranges,
 )
+from tests.support.ranges import subtract_ranges
 
 WHOLE = (TokenRange(0, TOKEN_MAX),)
 

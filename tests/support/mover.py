@@ -16,7 +16,8 @@ from shardlib.fence import close_gate, list_gates, open_gate
 from shardlib.ring import TokenRange
 from shardlib.token import hash_of
 from shardlib.topology import Topology
-from shardlib.topology.change import give_gate, move_ranges, renew_gates
+from shardlib.topology.change import renew_gates
+from tests.support.gates import give_gate, move_ranges
 
 TABLES = {"bag": ("key", "uid"), "counter": ("key", "v"), "register": ("key", "v")}
 

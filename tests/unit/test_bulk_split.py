@@ -15,7 +15,7 @@ from shardlib.key.declare import describe
 from shardlib.ring import TokenRange
 from shardlib.token import hash_of
 from shardlib.topology import Topology
-from shardlib.topology.change import give_gate
+from tests.support.gates import give_gate
 from tests.support.topologies import make_topology
 
 KEY = {"shard_key": True}

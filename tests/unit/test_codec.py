@@ -11,7 +11,7 @@ import pytest
 from shardlib.dsn import Dsn
 from shardlib.errors import InvalidTopology
 from shardlib.topology import Move, MoveState, Shard, Status, Table, Topology
-from shardlib.topology.change import give_gate, initial, with_shard
+from shardlib.topology.change import initial, with_shard
 from shardlib.topology.codec import (
     CHUNK_BYTES_MAX,
     RETIRED_VERSIONS,
@@ -25,6 +25,7 @@ from shardlib.topology.codec import (
     parse,
     unpack,
 )
+from tests.support.gates import give_gate
 from tests.support.topologies import PASSWORD, changed, facts, make_topology, one_range_moved, scattered_topology
 
 

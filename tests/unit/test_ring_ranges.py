@@ -13,8 +13,8 @@ from shardlib.ring import (
     intersect_ranges,
     merge_ranges,
     ranges_contain,
-    subtract_ranges,
 )
+from tests.support.ranges import subtract_ranges
 
 
 def R(first: int, last: int) -> TokenRange:  # noqa: N802 - it stands for the class

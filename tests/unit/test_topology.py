@@ -9,7 +9,8 @@ import pytest
 from shardlib.dsn import Dsn
 from shardlib.errors import InvalidTopology
 from shardlib.topology import Shard
-from shardlib.topology.change import give_gate, initial, with_shard
+from shardlib.topology.change import initial, with_shard
+from tests.support.gates import give_gate
 from tests.support.topologies import make_topology
 
 
