@@ -29,6 +29,20 @@ OPEN_GATES: Final = """
 """
 """SQL of the numbers of the gates that are open in a database."""
 
+_IS_THEIRS: Final = "relname ~ '^(control|decision|gate_[0-9]+|job_[0-9]+_keys)$'"
+_THEIRS: Final = f"""
+    SELECT relname FROM pg_class
+     WHERE relnamespace = to_regnamespace('shardlib') AND relkind = 'r' AND {_IS_THEIRS} ORDER BY 1
+"""
+"""The tables that an application's role reads."""
+# Earlier releases granted all tables that were there, and default privileges of the owner may do so.
+_TOO_MUCH: Final = f"""
+    SELECT DISTINCT relname, rolname
+      FROM pg_class CROSS JOIN aclexplode(relacl) AS granted JOIN pg_roles r ON r.oid = grantee
+     WHERE relnamespace = to_regnamespace('shardlib') AND relkind = 'r' AND NOT {_IS_THEIRS}
+       AND grantee <> relowner AND rolname = ANY (SELECT unnest(app_roles) FROM shardlib.control)
+"""
+"""Tables beside these that roles of applications may do something with, and which roles."""
 _INSTALL_LOCK = 0x5348_4152_444C_4942  # "SHARDLIB": only one session installs at a time
 
 
@@ -68,8 +82,8 @@ def install(conn: psycopg.Connection[Any], *, cluster_id: str, shard_id: str, ro
         conn: autocommit connection to the shard's primary.
         cluster_id: identity of the cluster, as in the topology.
         shard_id: id of the shard that this database is.
-        roles: the application's roles, which get USAGE on the schema, SELECT on the gates, and what two-phase
-            commit needs. The owner needs no grant.
+        roles: the application's roles, which get USAGE on the schema, SELECT on its control row, the gates and the key
+            tables of jobs, and what two-phase commit needs. The owner needs no grant.
 
     Raises:
         InvalidTopology: the database belongs to another cluster or shard, or its schema is newer than this library.
@@ -97,15 +111,17 @@ def install(conn: psycopg.Connection[Any], *, cluster_id: str, shard_id: str, ro
                 " (SELECT array_agg(DISTINCT r) FROM unnest(app_roles || %s::text[]) AS r)",
                 (list(roles),),
             )
+            cursor.execute(_THEIRS.encode())
+            theirs = sql.SQL(", ").join(sql.Identifier("shardlib", name) for (name,) in cursor.fetchall())
             for role in roles:
-                _grant(cursor, role)
-
-
-def _grant(cursor: psycopg.Cursor[Any], role: str) -> None:
-    who = sql.Identifier(role)
-    cursor.execute(sql.SQL("GRANT USAGE ON SCHEMA shardlib TO {}").format(who))
-    cursor.execute(sql.SQL("GRANT SELECT ON ALL TABLES IN SCHEMA shardlib TO {}").format(who))
-    cursor.execute(sql.SQL("GRANT INSERT, DELETE ON shardlib.decision TO {}").format(who))
+                who = sql.Identifier(role)
+                cursor.execute(sql.SQL("GRANT USAGE ON SCHEMA shardlib TO {}").format(who))
+                cursor.execute(sql.SQL("GRANT SELECT ON {} TO {}").format(theirs, who))
+                cursor.execute(sql.SQL("GRANT INSERT, DELETE ON shardlib.decision TO {}").format(who))
+        cursor.execute(_TOO_MUCH.encode())
+        for name, role in cursor.fetchall():
+            table, who = sql.Identifier("shardlib", name), sql.Identifier(role)
+            cursor.execute(sql.SQL("REVOKE ALL ON {} FROM {}").format(table, who))
 
 
 def _control_row(cursor: psycopg.Cursor[Any]) -> tuple[int, str, str] | None:
