@@ -185,6 +185,8 @@ class ShardedEngine:
 
         Raises:
             CatalogUnavailable: it does not answer in time.
+            InvalidTopology: what it holds is gone, damaged, or may not follow the topology in memory: another cluster,
+                another hash function, an older version. The engine goes on with what it has.
         """
         return self._core.refresh()
 
@@ -309,6 +311,14 @@ class ShardedEngine:
             work: called with the session; what it returns is returned after the commit.
             shard_key: pins the session.
             **options: as for `session`.
+
+        Raises:
+            InvalidArgument: `work` is a coroutine function.
+            CommitOutcomeUnknown: COMMIT was sent and its outcome is not known.
+            RetryableError: (StaleTopology, ShardUnavailable, PoolTimeout, CatalogUnavailable) the last attempt's, when
+                there were as many as `retry` allows, or when another would be useless (`final`).
+            sqlalchemy.exc.DBAPIError: as the database raises it; of those that are run again, the last attempt's.
+            Exception: whatever else `work` raises, from the first attempt on.
         """
         attempt = 0
         while True:
@@ -399,7 +409,9 @@ class ShardedEngine:
             InvalidTopology: the cluster has recorded a table with another key.
             ShardUnavailable: a shard is not reachable; the others may have their tables already: run it again.
             LockTimeout: transactions that use the tables did not end within 10 seconds; the message names them.
-            UnsupportedOperation: a job is moving rows.
+            UnsupportedOperation: a job is moving rows. If it began meanwhile, the tables are there and not recorded: run
+                it again when the job is over.
+            CatalogUnavailable: it does not answer in time; the tables may be there already: run it again.
         """
         check(CALLS, {"app_roles": app_roles})
         with self._schema_lock:
@@ -413,7 +425,15 @@ class ShardedEngine:
                 self._core.specs.pop(table, None)
 
     def register(self, metadata: MetaData) -> None:
-        """Record tables in the catalog that something else creates (Alembic, for example)."""
+        """Record tables in the catalog that something else creates (Alembic, for example); idempotent.
+
+        Raises:
+            ShardKeyRequired: a table marks neither a shard key nor that it is a reference table.
+            InvalidShardKey: a column cannot be a shard key.
+            InvalidTopology: the cluster has recorded a table with another key.
+            CatalogUnavailable: it does not answer in time; the tables may have been recorded.
+            UnsupportedOperation: a job is moving rows, and a table is new to the cluster.
+        """
         with self._schema_lock:
             self._schema_change().record(metadata)
 
@@ -436,6 +456,9 @@ class ShardedEngine:
 
         Returns:
             One entry for each transaction in doubt, and for each shard that could not be looked at.
+
+        Raises:
+            InvalidArgument: `older_than_s` is not a number of seconds.
         """
         check(CALLS, {"older_than_s": older_than_s})
         return settle(self.topology, older_than_s=older_than_s, newest=self.refresh)
