@@ -18,7 +18,12 @@ __all__ = ["Gate", "Move", "MoveState", "Place", "Shard", "Status", "Table", "To
 
 
 class Status(StrEnum):
-    """What a shard is doing. Only `inactive` takes no statements at all."""
+    """What a shard takes: `active` everything, `readonly` reads, `inactive` no statements at all.
+
+    `migrating` is reserved, and like `active` today. No command sets a status: every shard is `active` unless a program
+    has published a topology that says otherwise. Clients heed it from then on, and a shard that is `readonly` or
+    `inactive` takes part in no job.
+    """
 
     ACTIVE = "active"
     MIGRATING = "migrating"
