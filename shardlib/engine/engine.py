@@ -409,8 +409,8 @@ class ShardedEngine:
             InvalidTopology: the cluster has recorded a table with another key.
             ShardUnavailable: a shard is not reachable; the others may have their tables already: run it again.
             LockTimeout: transactions that use the tables did not end within 10 seconds; the message names them.
-            UnsupportedOperation: a job is moving rows. If it began meanwhile, the tables are there and not recorded: run
-                it again when the job is over.
+            UnsupportedOperation: a job is moving rows. If it began meanwhile, the tables are there and not recorded:
+                run it again when the job is over.
             CatalogUnavailable: it does not answer in time; the tables may be there already: run it again.
         """
         check(CALLS, {"app_roles": app_roles})
