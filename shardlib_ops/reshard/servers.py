@@ -505,7 +505,7 @@ class _StreamFlow:
         """See `Flow.drop_slot`."""
         origin, _ = self._ends()
         async with origin.using() as conn:
-            await drop_slot(conn, self._link.slot)
+            await drop_slot(conn, self._link.slot, runner=self._servers.runner)
 
     @translated
     async def usable(self) -> bool:

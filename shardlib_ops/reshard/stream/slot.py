@@ -166,21 +166,31 @@ _WRITERS: Final = """
 """
 
 
-async def drop_slot(conn: AsyncConnection[Any], name: str) -> None:
+async def drop_slot(conn: AsyncConnection[Any], name: str, *, runner: Runner | None = None) -> None:
     """Drop a slot, ending the process that sends it to somebody; nothing to do if there is none.
+
+    Args:
+        conn: autocommit connection to the slot's server.
+        name: of the slot.
+        runner: who is at work; None if the caller has seen to it that nobody else holds the job.
 
     Raises:
         ShardUnavailable: somebody reads from it again and again.
+        psycopg.Error: SQLSTATE SL001 if a later runner holds the job: then the slot is not ours to drop.
     """
     deadline, pause = time.monotonic() + _DROP_S, _PAUSE_FIRST_S
     while True:
         try:
-            await conn.execute(
-                "SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots"
-                " WHERE slot_name = %s AND active_pid IS NOT NULL",
-                (name,),
-            )
-            await conn.execute("SELECT pg_drop_replication_slot(%s)", (name,))
+            async with conn.transaction():
+                if runner is not None:
+                    # Keeps a claim waiting until the slot is gone: a later runner makes its own after that.
+                    await conn.execute(claimed(runner))
+                await conn.execute(
+                    "SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots"
+                    " WHERE slot_name = %s AND active_pid IS NOT NULL",
+                    (name,),
+                )
+                await conn.execute("SELECT pg_drop_replication_slot(%s)", (name,))
             return
         except pg.UndefinedObject:
             return
