@@ -141,7 +141,8 @@ def is_lost(error: BaseException) -> bool:
     state = error.sqlstate
     if state is None:
         return isinstance(error, psycopg.OperationalError)
-    return state.startswith(("08", "57P", "53")) or isinstance(error, pg.QueryCanceled)
+    # A server that is read-only is a standby, or was fenced off: the primary is another one, or will be.
+    return state.startswith(("08", "57P", "53")) or isinstance(error, pg.QueryCanceled | pg.ReadOnlySqlTransaction)
 
 
 def is_superseded(error: BaseException) -> bool:

@@ -119,6 +119,8 @@ class Job(msgspec.Struct, frozen=True):
         attempts: attempts of cutover so far.
         compared: leg number -> LSN on the source up to which both sides were compared and found equal.
         purging: whether deleting of old copies may have begun: from then on there is no way back.
+        servers: shard id -> the server that all of the above was done with, see `Side.identity`. Another one stands in
+            for it after a failover, and need not hold the same.
     """
 
     id: int
@@ -137,6 +139,7 @@ class Job(msgspec.Struct, frozen=True):
     compared: dict[int, str] = {}
     purging: bool = False
     paused: bool = False
+    servers: dict[str, str] = {}
 
     @property
     def sources(self) -> tuple[str, ...]:

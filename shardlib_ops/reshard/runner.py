@@ -31,6 +31,7 @@ _LOOK_S: Final = 0.25
 _SWEEP_S: Final = 5.0
 _ROUNDS_MAX: Final = 5
 _PATIENCE_S: Final = 10.0
+_REPLICATED_S: Final = 10.0
 _SEQUENCE_MARGIN: Final = 1_000
 _UNDOING: Final = "; it is undone, which waits: "
 
@@ -156,18 +157,22 @@ class JobRunner:
         if self.job.status.over:
             return True
         await self._claim()
+        servers = await self._servers()
         if self.job.started_at is None:
-            await self._save(self.job.changed(started_at=self.world.stamp()))
+            await self._save(self.job.changed(started_at=self.world.stamp(), servers=servers))
         state = self._state(await self.world.topology())
         if self.job.status is Status.CLEANUP:
             await self._clean_up()
             return True
+        if not self.job.servers or (self.job.status is Status.PENDING and servers != self.job.servers):
+            # Nothing is copied yet; or an earlier release has begun the job, which did not write this down.
+            await self._save(self.job.changed(servers=servers))
         if state is MoveState.SWITCHED:
             if self.job.status not in (Status.CUTOVER, Status.VALIDATION):
                 raise Superseded(f"job {self.job.id} is switched, and was not that far when this runner read it")
             if self.job.status is not Status.VALIDATION:
                 await self._to(Status.VALIDATION, switched_at=self.world.stamp(), error=None)
-            return await self._validate()
+            return await self._validate(servers)
         if self.job.status is Status.VALIDATION:
             await self._to(Status.CLEANUP, outcome=Status.ROLLED_BACK, error=None)
         elif await self.world.wish() is Wish.CANCEL:
@@ -175,10 +180,39 @@ class JobRunner:
         else:
             if self.job.status is Status.PENDING:
                 await self._prepare(announced=state is not None)
+            elif servers != self.job.servers:
+                await self._start_over(servers)
             await self._copy_and_switch()
         return False
 
-    async def _prepare(self, *, announced: bool) -> None:
+    async def _servers(self) -> dict[str, str]:
+        found = await together(self.world.side(shard_id).identity() for shard_id in self.job.shards)
+        return dict(zip(self.job.shards, found, strict=True))
+
+    def _replaced(self, servers: dict[str, str]) -> list[str]:
+        """The shards that another server stands in for, since a failover."""
+        return [shard_id for shard_id in self.job.shards if servers[shard_id] != self.job.servers[shard_id]]
+
+    async def _start_over(self, servers: dict[str, str]) -> None:
+        """What a replica was promoted without cannot be told from here: each leg that touches it is copied anew.
+
+        A source has lost what its stream may have brought already, and its slot with it; a target, rows, indexes, or
+        how far the stream was. The record follows last: who is killed before begins again.
+        """
+        await reopen(self.world, self.job, self.job.sources, self.world.nonce)
+        replaced = self._replaced(servers)
+        compared = dict(self.job.compared)
+        for leg in self.job.legs:
+            if leg.source in replaced or leg.target in replaced:
+                for flow in (self.world.flow(leg, "forward"), self.world.flow(leg, "reverse")):
+                    await flow.drop_slot()
+                compared.pop(leg.number, None)
+        topology = await self.world.topology()
+        names = ", ".join(topology.shard_by_id(shard_id).name for shard_id in replaced)
+        told = f"the copy is made anew: after a failover, another server serves {names}"
+        await self._prepare(announced=True, servers=servers, compared=compared, error=told)
+
+    async def _prepare(self, *, announced: bool, error: str | None = None, **changes: Any) -> None:
         for leg in self.job.legs:
             await self.world.schema_before_rows(leg)
         await self._step("schema_copied")
@@ -189,7 +223,7 @@ class JobRunner:
         await self._step("announced")
         # From here on every transaction knows of the moves, or is refused.
         await sweep(self.world, self.job.shards, budget_s=_SWEEP_S)
-        await self._to(Status.PRECOPY, error=None)
+        await self._to(Status.PRECOPY, error=error, **changes)
 
     def _announced(self, found: Topology) -> Topology:
         if self._state(found) is not None:
@@ -312,16 +346,18 @@ class JobRunner:
             await self._pause()
             await self.world.sleep(_LOOK_S * (0.5 + self.world.jitter()))
 
-    async def _validate(self) -> bool:
+    async def _validate(self, servers: dict[str, str]) -> bool:
         """Both sides in step, the targets serve; whether the job rests here."""
+        replaced = self._replaced(servers)
+        await together(self.world.side(shard_id).prepare() for shard_id in replaced)
         await together(self.world.side(shard_id).guard(active=True) for shard_id in self.job.sources)
         await reopen(self.world, self.job, self.job.targets, self.world.nonce)
         for flow in self._flows("forward").values():
             await flow.drop_slot()
         await self._step("forward_stopped")
         flows = self._flows("reverse")
-        if not all([await flow.usable() for flow in flows.values()]):
-            return await self._one_way()
+        if replaced or not all([await flow.usable() for flow in flows.values()]):
+            return await self._one_way(servers)
         since = self.world.now()
         async with self.world.running(list(flows.values())), self._checking_foreign_keys() as checking:
             while True:
@@ -366,8 +402,12 @@ class JobRunner:
         kept = self.job.retention_s is not None and self.world.now() - since >= self.job.retention_s
         return wish is Wish.COMPLETE or self._complete or kept
 
-    async def _one_way(self) -> bool:
+    async def _one_way(self, servers: dict[str, str]) -> bool:
         """The way back is lost with its stream: only completing is left, and the operator is told."""
+        for flow in self._flows("reverse").values():
+            await flow.drop_slot()  # nobody reads it any more, and it would keep WAL
+        if servers != self.job.servers:
+            await self._save(self.job.changed(servers=servers))
         wish = await self.world.wish()
         if self._may_complete(wish, float("-inf") if self.job.retention_s is not None else self.world.now()):
             await self._to(Status.CLEANUP, outcome=Status.COMPLETED, purging=True, error=None)
@@ -391,6 +431,8 @@ class JobRunner:
             old = {leg.source if done else leg.target: leg for leg in self.job.legs}
             for shard_id, leg in old.items():
                 await self.world.purge(leg, shard_id, self._breathe)
+                # Promoted without that, a replica would show the old rows again, which nothing hides any more.
+                await self.world.side(shard_id).replicated(timeout_s=_REPLICATED_S)
                 await self._step("shard_purged")
             await change(self.world, self._finished)
             await self._step("finished")

@@ -40,6 +40,7 @@ from shardlib_ops.reshard.stream import (
     Stream,
     create_slot,
     drop_slot,
+    lsn_number,
     slot_state,
     watch_slot,
     who_blocks_a_slot,
@@ -56,6 +57,7 @@ T = TypeVar("T")
 
 _WISH_S: Final = 0.2
 _LEASE_LOOK_S: Final = 0.5
+_SERVERS_LOOK_S: Final = 1.0
 _SLOT_S: Final = 10.0
 _SNAPSHOT_S: Final = 30.0
 
@@ -136,11 +138,26 @@ class Servers:
         await self.close()
         if not self.runner.next_round():
             raise Superseded(f"job {self._job_id} was taken up too often under one lease")
+        # Another server stands in for one of them after a failover.
+        self._topology = await self._ask(lambda: self._catalog.load(self._topology))
+        for shard_id, side in self._sides.items():
+            side.shard = self._topology.shard_by_id(shard_id)
 
     async def topology(self) -> Topology:
         """See `World.topology`."""
         self._topology = await self._ask(lambda: self._catalog.load(self._topology))
+        self._same_primaries(self._topology)
+        for shard_id, side in self._sides.items():
+            side.shard = self._topology.shard_by_id(shard_id)  # replicas come and go
         return self._topology
+
+    def _same_primaries(self, found: Topology) -> None:
+        for shard_id, side in self._sides.items():
+            shard = found.shard_by_id(shard_id)
+            if shard.primary != side.shard.primary:
+                raise Lost(
+                    f"shard {shard.name!r} was failed over to {shard.primary.safe()}: what was begun is looked at again"
+                )
 
     def check_tables(self, found: Topology) -> None:
         """See `World.check_tables`."""
@@ -392,7 +409,7 @@ class Servers:
         # The way back is prepared before the switch: its slot keeps WAL from then on.
         slots = [self._watch_slot(flow.leg, flow.direction) for flow in opened]
         slots += [self._watch_slot(flow.leg, "reverse") for flow in opened if flow.direction == "forward"]
-        async with self._beside([*(flow.run() for flow in flows), self._watch_lease(), *slots]):
+        async with self._beside([*(flow.run() for flow in flows), self._watch_lease(), self._watch_servers(), *slots]):
             yield
 
     @asynccontextmanager
@@ -434,6 +451,17 @@ class Servers:
         while True:
             self._held()
             await asyncio.sleep(_LEASE_LOOK_S)
+
+    async def _watch_servers(self) -> None:
+        """End the streams when the topology names another primary: the old one may still answer this process."""
+        known = self._topology
+        while True:
+            await asyncio.sleep(_SERVERS_LOOK_S)
+            try:
+                known = await self._ask(partial(self._catalog.load, known))
+            except Lost:
+                continue  # without the catalog nothing can be switched
+            self._same_primaries(known)
 
     def _held(self) -> None:
         if not self._lease.alive():
@@ -515,7 +543,8 @@ class _StreamFlow:
             state = await slot_state(conn, self._link.slot)
         async with sink.using() as conn:
             at = await position(conn, self._servers.runner.job, self.leg.number, self.direction)
-        return state is not None and not state.lost and at is not None
+        # A slot that is ahead of the sink shows that the sink has lost transactions, as in a failover.
+        return state is not None and not state.lost and at is not None and lsn_number(at) >= state.confirmed
 
     @translated
     async def open(self) -> None:

@@ -116,6 +116,7 @@ class ShardSide:
         self.ranges = tuple(part for leg in job.legs if shard.id in (leg.source, leg.target) for part in leg.ranges)
         self._conn: AsyncConnection[Any] | None = None
         self._gate_conn: psycopg.Connection[Any] | None = None
+        self._server: str | None = None  # that this round has begun with
         self._shapes: tuple[TableShape, ...] | None = None
         self._before_guard: tuple[ForeignWriter, ...] | None = None
         self._waits, self._places = waits, tuple(places)
@@ -127,7 +128,11 @@ class ShardSide:
         """The connection for short statements, for one user at a time."""
         async with self._turn:
             if self._conn is None or self._conn.closed or self._conn.broken:
-                self._conn = await self.open("control")
+                conn = await self.open("control")
+                if self._server is not None and (now := await self._identity_of(conn)) != self._server:
+                    await conn.close()
+                    raise Lost(f"shard {self.shard.name!r} was failed over: {now} answers, not {self._server}")
+                self._conn = conn
             yield self._conn
 
     async def open(self, what: str) -> AsyncConnection[Any]:
@@ -141,7 +146,7 @@ class ShardSide:
                 await self._conn.close()
         if self._gate_conn is not None:
             self._gate_conn.close()
-        self._conn = self._gate_conn = None
+        self._conn = self._gate_conn = self._server = None
 
     @asynccontextmanager
     async def naming(self, what: str, who: Callable[[AsyncConnection[Any]], Awaitable[str]]) -> AsyncIterator[None]:
@@ -209,6 +214,24 @@ class ShardSide:
         return claimed(self.runner).as_string()
 
     @translated
+    async def identity(self) -> str:
+        """See `Side.identity`."""
+        async with self.using() as conn:
+            self._server = await self._identity_of(conn)
+        return self._server
+
+    async def _identity_of(self, conn: AsyncConnection[Any]) -> str:
+        # A promotion begins a new timeline, a restart does not; replicas of one primary begin timelines of one number.
+        found = await conn.execute(
+            "SELECT system_identifier::text, left(pg_walfile_name(pg_current_wal_lsn()), 8) FROM pg_control_system()"
+        )
+        row = await found.fetchone()
+        if row is None:
+            raise Lost(f"shard {self.shard.name!r} does not say which server it is")
+        primary = self.shard.primary
+        return f"{primary.host}:{primary.port} {row[0]}/{row[1]}"
+
+    @translated
     async def claim(self) -> None:
         """See `Side.claim`."""
         self._shapes = None
@@ -264,12 +287,15 @@ class ShardSide:
     @translated
     async def replayed(self, lsn: str, *, timeout_s: float) -> None:
         """See `Side.replayed`."""
-        await together(self._replayed(number, lsn, timeout_s) for number in range(len(self.shard.replicas)))
+        await together(
+            self._replayed(number, lsn, timeout_s, "the closing of the gates")
+            for number in range(len(self.shard.replicas))
+        )
 
-    async def _replayed(self, number: int, lsn: str, timeout_s: float) -> None:
+    async def _replayed(self, number: int, lsn: str, timeout_s: float, done: str, *, follows: bool = False) -> None:
         replica = self.shard.replicas[number]
         what = f"replica {replica} of shard {self.shard.name!r}"
-        behind = f"{what} has not replayed the closing of the gates"
+        behind = f"{what} has not replayed {done}"
         try:
             async with asyncio.timeout(timeout_s):
                 conn = await connect(replica, shard=self.shard.name, application=self.runner.application("replica"))
@@ -279,6 +305,11 @@ class ShardSide:
                             "SELECT pg_is_in_recovery(), pg_last_wal_replay_lsn() >= %s::pg_lsn", (lsn,)
                         )
                         standby, replayed = await found.fetchone() or (True, None)
+                        if not standby and follows:
+                            raise Blocked(
+                                f"{what} was promoted: it is no standby; make it a replica again, or take it out of"
+                                " the topology"
+                            )
                         if not standby:
                             return await self._closed_at(conn, what)
                         if replayed:
@@ -301,6 +332,25 @@ class ShardSide:
                 f"{what} was promoted: it is no standby, and its gates {', '.join(map(str, more))} are open; make it a "
                 "replica again, or take it out of the topology"
             )
+
+    @translated
+    async def replicated(self, *, timeout_s: float) -> None:
+        """See `Side.replicated`."""
+        if not self.shard.replicas:
+            return
+        async with self.using() as conn:
+            # A commit of its own: what else is in the WAL need not be on any disk yet, and would be waited for in vain.
+            async with conn.transaction():
+                await conn.execute("SET LOCAL synchronous_commit = 'local'")  # who is waited for is named below
+                await conn.execute(claimed(self.runner))
+                await conn.execute("SELECT pg_logical_emit_message(true, 'shardlib', 'replicated')")
+            row = await (await conn.execute("SELECT pg_current_wal_flush_lsn()::text")).fetchone()
+        if row is None:
+            raise Lost(f"shard {self.shard.name!r} gave no position")
+        await together(
+            self._replayed(number, str(row[0]), timeout_s, "what the job has done there", follows=True)
+            for number in range(len(self.shard.replicas))
+        )
 
     @translated
     async def guard(self, *, active: bool) -> None:

@@ -80,6 +80,10 @@ class Flow(Protocol):
 class Side(Protocol):
     """One shard of a job, at its primary. What changes something is refused unless this runner holds the job."""
 
+    async def identity(self) -> str:
+        """Which server this is: another text after a failover, the same one after a crash."""
+        ...
+
     async def claim(self) -> None:
         """Take the job over here: runners before this one, and this one's own earlier rounds, are ended and refused.
 
@@ -110,6 +114,14 @@ class Side(Protocol):
 
     async def replayed(self, lsn: str, *, timeout_s: float) -> None:
         """Wait until every replica that may be promoted has replayed up to `lsn`.
+
+        Raises:
+            Blocked: one has not; it is named.
+        """
+        ...
+
+    async def replicated(self, *, timeout_s: float) -> None:
+        """Wait until every replica that may be promoted has replayed all that is committed here by now.
 
         Raises:
             Blocked: one has not; it is named.
@@ -159,16 +171,19 @@ class World(Protocol):
     async def anew(self) -> None:
         """Begin a round: after the next `Side.claim`, nothing that was sent before has an effect there any more.
 
+        The sides are those servers that the topology names now.
+
         Raises:
+            Lost: the catalog does not answer.
             Superseded: there were too many rounds under this lease.
         """
         ...
 
     async def topology(self) -> Topology:
-        """The stored topology, read now.
+        """The stored topology, read now. It names the servers that the sides are.
 
         Raises:
-            Lost: no answer.
+            Lost: no answer, or a shard of the job has got another primary in this round.
         """
         ...
 

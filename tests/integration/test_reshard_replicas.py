@@ -80,7 +80,7 @@ async def test_a_replica_that_has_not_replayed_the_closing_keeps_the_switch_wait
         pair.at_replica("SELECT pg_wal_replay_pause()")
         job = await manager.move_keys([pair.key], target={"shard_id": "s2"})
         running = asyncio.create_task(run(pair, job))
-        await gives_way(manager, job, "has not replayed the closing of the gates")
+        await gives_way(manager, job, "has not replayed")
         assert await asyncio.to_thread(pair.add) == "s1", "the range is open again, and where it was"
         pair.at_replica("SELECT pg_wal_replay_resume()")
         async with asyncio.timeout(90):

@@ -73,6 +73,10 @@ class FakeSide:
 
         await self.world.process.call(_with(self.world.token, self.shard, checked), late=True)
 
+    async def identity(self) -> str:
+        """See `Side.identity`. Servers do not fail over here."""
+        return self.shard.id
+
     async def claim(self) -> None:
         """See `Side.claim`."""
         token = self.world.token
@@ -166,6 +170,9 @@ class FakeSide:
         if self.world.sim.faulty and self.world.sim.rng.random() < 0.02:
             await self.world.process.sleep(timeout_s)
             raise Blocked(f"a replica of {self.shard.id} has not replayed {lsn}")
+
+    async def replicated(self, *, timeout_s: float) -> None:
+        """See `Side.replicated`. Who lags is found by `replayed`."""
 
     async def guard(self, *, active: bool) -> None:
         """See `Side.guard`."""

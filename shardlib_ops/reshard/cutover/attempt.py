@@ -9,6 +9,7 @@ The order is what makes it safe, and each step leans on the one before::
     compare                  what changed since the last comparison is equal on both sides
     replayed                 no replica of the old side can be promoted with an open gate
     sequences, reverse start the new side gives fresh numbers; the way back has no gap
+    replicated               replicas of both sides have replayed all of that: none is promoted without rows of the move
     swap                     one compare-and-swap of the topology: the only step that counts
 
 The gates of the side that takes over are open before a switch. Those of a rollback open after it, when the guard of
@@ -99,6 +100,11 @@ class Cutover:
         if self.direction == "forward":
             self.world.check_tables(topology)
         # Before anything is closed: writers do not wait for it.
+        try:
+            await self._replicated(self.limits.budget_s)
+        except Blocked as error:
+            self.waiting_for = str(error)
+            return Outcome.GAVE_WAY
         make = switch if self.direction == "forward" else give_back
         after = await reserve(self.world, topology, make(topology, self.job.id, nonce=self.nonce()))
         if after is None:
@@ -194,9 +200,14 @@ class Cutover:
         await together(self.world.advance_sequences(leg, self.direction, ahead=0) for leg in self.job.legs)
         if self.direction == "forward":
             await together(self._start_reverse(leg) for leg in self.job.legs)
+        await self._replicated(max(0.05, until - self.world.now()))
         if self.world.now() > until:
             raise Blocked(f"the ranges were closed for {self.limits.budget_s:g} s, which is all an attempt may take")
         await self.step("handed_over")
+
+    async def _replicated(self, timeout_s: float) -> None:
+        """Whoever is promoted next, of either side, has what this attempt leans on: the rows, the keys, the guard."""
+        await together(self.world.side(shard_id).replicated(timeout_s=timeout_s) for shard_id in self.job.shards)
 
     async def _start_reverse(self, leg: Leg) -> None:
         await self.world.start_reverse(leg, await self.world.side(leg.target).wal_position())
