@@ -42,12 +42,20 @@ def lost_connection(error: BaseException) -> bool:
 def commit_outcome_unknown(error: BaseException) -> bool:
     """Whether this error in answer to COMMIT leaves open if the transaction is durable.
 
-    An error message of the server with any other SQLSTATE than a lost or ended session means that the transaction
-    was rolled back. A terminated backend may have written its commit record before it stopped to wait for a
-    synchronous replica.
+    An ERROR of the server means that the transaction was rolled back. A FATAL or a PANIC ends the session, and may come
+    after the commit record was written: of a terminated backend that stopped to wait for a synchronous replica, of one
+    that could not flush the WAL and whose server finds the record there as it recovers.
     """
-    return lost_connection(error) or (isinstance(error, psycopg.Error) and error.sqlstate is None)
+    if not isinstance(error, psycopg.Error):
+        return False
+    state = error.sqlstate
+    if state is None or lost_connection(error):
+        return True
+    return error.diag.severity_nonlocalized in _ENDS_SESSION and state not in _BEFORE_COMMIT
 
 
 # admin_shutdown, crash_shutdown, cannot_connect_now, database_dropped, idle_session_timeout
 _SHUTDOWN = frozenset({"57P01", "57P02", "57P03", "57P04", "57P05"})
+_ENDS_SESSION = frozenset({"FATAL", "PANIC"})
+# idle_in_transaction_session_timeout: raised before the server looks at the next command, which it then never does
+_BEFORE_COMMIT = frozenset({"25P03"})

@@ -46,12 +46,14 @@ class HoldsShards(Session):
         return unit
 
     def _adopt(self, conn: ShardConnection) -> None:
-        self._connection_for_bind(cast("Engine", _Begun(conn)))  # what Session.connection() comes to
+        try:
+            self._connection_for_bind(cast("Engine", _Begun(conn)))  # what Session.connection() comes to
+        finally:
+            if self._unit is not None and self._unit.transaction is None:
+                self._unit.transaction = self.get_transaction()
         if self._core.tracing:
             conn.route = "statement" if self._pin is None else "pinned"
             conn.topology_version = 0 if self._unit is None else self._unit.topology.version
-        if self._unit is not None and self._unit.transaction is None:
-            self._unit.transaction = self.get_transaction()
 
     def _hold(self, wants: Callable[[Topology], Needed], *, write: bool = False) -> list[Leg]:
         unit = self._now

@@ -244,10 +244,22 @@ class Unit:
         try:
             adopt(conn)
         except BaseException:
-            conn.close()
+            if self._is_part(conn):
+                self.legs[shard.id] = Leg(shard, conn, gates)
+            else:
+                conn.close()
             raise
         self.legs[shard.id] = leg = Leg(shard, conn, gates)
         return leg
+
+    def _is_part(self, conn: ShardConnection) -> bool:
+        """Whether the transaction will commit this connection, as it may though it could not be adopted.
+
+        A listener of `after_begin` has failed, or the savepoint could not be set that the transaction is inside of. If
+        the connection was lost by that, the commit meets it, and is refused.
+        """
+        root = self.transaction
+        return root is not None and conn in root._connections  # noqa: SLF001 - no public way in all of 2.0
 
     def _open(
         self,
@@ -257,7 +269,8 @@ class Unit:
     ) -> None:
         """Begin on the new shards side by side; adopt none of them unless all have begun.
 
-        If `adopt` fails, those before it stay adopted, and end with the transaction; the others are given back.
+        If `adopt` fails, those that are part of the transaction by then stay so, and end with it; the others are given
+        back.
         """
         begun: dict[str, ShardConnection] = {}
         refusals: list[Exception] = []
@@ -282,10 +295,13 @@ class Unit:
                 # An error that no newer topology mends goes first.
                 raise next((e for e in refusals if not isinstance(e, _Refused)), refusals[0])
             for shard, gates in fresh:
-                adopt(begun[shard.id])
-                self.legs[shard.id] = Leg(shard, begun.pop(shard.id), gates)
-            self._commit_in_order()
+                try:
+                    adopt(begun[shard.id])
+                finally:
+                    if self._is_part(begun[shard.id]):
+                        self.legs[shard.id] = Leg(shard, begun.pop(shard.id), gates)
         finally:
+            self._commit_in_order()
             for conn in begun.values():
                 conn.close()
 

@@ -16,7 +16,7 @@ from shardlib import AsyncShardedEngine, ShardedEngine, errors
 from shardlib.catalog import open_catalog
 from shardlib.dsn import Dsn
 from shardlib_ops import LocalCluster
-from tests.support.eventually import eventually_async
+from tests.support.eventually import eventually, eventually_async
 from tests.support.facade import AsyncFacade, SyncFacade
 from tests.support.faults import Proxy
 from tests.support.models import Base, Customer
@@ -70,6 +70,45 @@ def test_the_answer_of_a_commit_is_lost(facade: Any, proxied: tuple[LocalCluster
     assert names(proxied) == ["x"]
     # The session's connection is not used again, and work goes on.
     assert facade.session(lambda s: s.get(Customer, ("t", 1)).name) == "x"
+
+
+@pytest.mark.parametrize("answer", [("PANIC", "58030"), ("FATAL", "53100")])
+def test_a_commit_that_ends_the_session_is_unknown(
+    facade: Any, proxied: tuple[LocalCluster, Proxy], answer: tuple[str, str]
+) -> None:
+    """A server that cannot flush its WAL may find the commit record there as it recovers."""
+    attempts: list[int] = []
+
+    def body(s: Any) -> None:
+        attempts.append(1)
+        s.add(Customer(tenant_id="t", id=len(attempts), name="x"))
+        s.flush()
+        proxied[1].cut_at("COMMIT", instead=answer)
+
+    with pytest.raises(errors.CommitOutcomeUnknown):
+        facade.run(body, shard_key="t")
+    assert names(proxied) == ["x"]
+    assert facade.session(lambda s: s.get(Customer, ("t", 1)).name) == "x"
+
+
+def test_a_transaction_that_idled_too_long_is_run_again(facade: Any, proxied: tuple[LocalCluster, Proxy]) -> None:
+    """The server ends it before it reads the COMMIT: nothing is kept, and that is certain."""
+    attempts: list[int] = []
+
+    def body(s: Any) -> None:
+        attempts.append(1)
+        s.add(Customer(tenant_id="t", id=len(attempts), name="x"))
+        s.flush()
+        if len(attempts) == 1:
+            pid = s.scalar(text("SELECT pg_backend_pid()"))
+            s.execute(text("SET LOCAL idle_in_transaction_session_timeout = 20"))
+            with psycopg.connect(proxied[0].servers[0].dsn, autocommit=True) as conn:
+                alive = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s"
+                eventually(lambda: conn.execute(alive, (pid,)).fetchone() == (0,), 20)
+
+    facade.run(body, shard_key="t")
+    assert len(attempts) == 2
+    assert names(proxied) == ["x"]
 
 
 def test_a_connection_lost_before_commit_is_run_again(facade: Any, proxied: tuple[LocalCluster, Proxy]) -> None:

@@ -36,6 +36,8 @@ class _Link:
     server: tuple[asyncio.StreamReader, asyncio.StreamWriter]
     doomed: bytes = b""
     """Tag of the command whose completion must not reach the client."""
+    instead: bytes = b""
+    """The message that the client gets in its place."""
     plain: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the server's answers are framed, that is, after its one byte about encryption."""
 
@@ -65,7 +67,7 @@ class Proxy:
         self.connections = self.cuts = self.replies_lost = 0
         self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._rule: tuple[bytes, bool, int] | None = None
+        self._rule: tuple[bytes, bool, int, bytes] | None = None
         self._listener: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
         self._flowing = asyncio.Event()
@@ -113,15 +115,20 @@ class Proxy:
         self._call(self._set_rule(None))
         self.accept()
 
-    def cut_at(self, word: str = "COMMIT", *, forwarded: bool = True, times: int = 1) -> None:
+    def cut_at(
+        self, word: str = "COMMIT", *, forwarded: bool = True, times: int = 1, instead: tuple[str, str] | None = None
+    ) -> None:
         """Cut the connection at the next command that begins with a word.
 
         Args:
             word: `COMMIT`, `PREPARE TRANSACTION`, `COMMIT PREPARED`, `INSERT`, ...
             forwarded: True: the server runs it to its end, and the reply is lost. False: it never gets there.
             times: how often.
+            instead: severity and SQLSTATE of an error that the client gets in place of the reply, before the end of
+                stream: it ran to its end all the same.
         """
-        self._call(self._set_rule((word.upper().encode(), forwarded, times)))
+        answer = b"" if instead is None else _error_message(*instead)
+        self._call(self._set_rule((word.upper().encode(), forwarded, times, answer)))
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         done: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -142,7 +149,7 @@ class Proxy:
         else:
             self._flowing.clear()
 
-    async def _set_rule(self, rule: tuple[bytes, bool, int] | None) -> None:
+    async def _set_rule(self, rule: tuple[bytes, bool, int, bytes] | None) -> None:
         self._rule = rule
 
     async def _cut_all(self) -> int:
@@ -219,7 +226,7 @@ class Proxy:
                     return
                 await self._flowing.wait()
                 if rule is not None:
-                    link.doomed = rule[0]
+                    link.doomed, _, link.instead = rule
                 writer.write(message)
                 await writer.drain()
 
@@ -247,21 +254,32 @@ class Proxy:
                 kind, message = await _message(reader)
                 if link.doomed and kind == b"C" and message[5:].startswith(link.doomed):
                     self.replies_lost += 1
-                    self._cut(link)
+                    if link.instead:
+                        writer.write(link.instead)
+                        self._end(link)
+                    else:
+                        self._cut(link)
                     return
                 await self._flowing.wait()
                 writer.write(message)
                 await writer.drain()
 
-    def _matching(self, kind: bytes, message: bytes) -> tuple[bytes, bool] | None:
+    def _matching(self, kind: bytes, message: bytes) -> tuple[bytes, bool, bytes] | None:
         if self._rule is None or kind not in (b"Q", b"P"):
             return None
         text = message[5:] if kind == b"Q" else message[5:].split(b"\0", 2)[1]
-        word, forwarded, times = self._rule
+        word, forwarded, times, instead = self._rule
         if not text.lstrip().upper().startswith(word):
             return None
-        self._rule = (word, forwarded, times - 1) if times > 1 else None
-        return word, forwarded
+        self._rule = (word, forwarded, times - 1, instead) if times > 1 else None
+        return word, forwarded, instead
+
+
+def _error_message(severity: str, sqlstate: str) -> bytes:
+    """ErrorResponse of the protocol: fields of a letter and a text, closed by a zero byte."""
+    fields = {"S": severity, "V": severity, "C": sqlstate, "M": "the server cannot go on"}
+    body = b"".join(f"{letter}{value}".encode() + b"\0" for letter, value in fields.items()) + b"\0"
+    return b"E" + struct.pack("!i", len(body) + 4) + body
 
 
 async def _message(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
