@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,12 +16,14 @@ from psycopg import errors as pg
 from sqlalchemy import Table as SaTable
 from sqlalchemy import event
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import SQLAlchemyError
 
 from shardlib.catalog import TopologyCache
 from shardlib.errors import (
     CatalogUnavailable,
     InvalidArgument,
     InvalidTopology,
+    ShardlibError,
     ShardUnavailable,
     StaleTopology,
     UnsupportedOperation,
@@ -41,6 +44,8 @@ __all__ = [
 
 Needed = dict[str, tuple[int, ...]]
 """Shard id -> numbers of the gates a transaction must hold there."""
+
+_log = logging.getLogger("shardlib.session")
 
 DEAD_MAX: Final = 64
 """How many dead connections of a pool are passed over for one transaction: a restarted server leaves a pool full."""
@@ -167,13 +172,34 @@ class Core:
         # Not a call in a thread: a crowd that waits would take turns in the few threads of an event loop.
         waiter = self.waits.waiter()
         self._waiting.add(waiter)
+        ahead = None
         try:
             if self.cache.current.version <= topology.version:
                 self.cache.ask()
+                if topology.moves and not attempt:
+                    ahead = self._open_ahead(topology, shard)
                 waiter.wait(pause)
         finally:
             self._waiting.discard(waiter)
+            if ahead is not None:
+                ahead.close()
         return self.cache.current
+
+    def _open_ahead(self, topology: Topology, shard: str) -> ShardConnection | None:
+        """A connection to the shard that is about to get this one's rows, opened while there is nothing else to do.
+
+        A switch sends many clients there at the same moment, and most of them have no connection to it yet. None if it
+        is not clear where they will go, or not needed, or not to be had: whoever needs it then is told why.
+        """
+        takers = {move.next_owner for move in topology.moves if topology.shard_by_id(move.owner).name == shard}
+        if len(takers) != 1:
+            return None
+        (taker,) = takers
+        try:
+            return self.pools.engine(taker).connect() if self.pools.cold(taker) else None
+        except (ShardlibError, SQLAlchemyError) as error:
+            _log.debug("no connection to %s ahead of its rows: %s", taker, error)
+            return None
 
     def _arrived(self, topology: Topology) -> None:
         """A newer topology is there: wake who waits for one. Called by the cache."""

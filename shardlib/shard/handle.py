@@ -123,6 +123,10 @@ class ShardPools:
                 self._engines[shard_id, role] = engine
             return engine
 
+    def cold(self, shard_id: str) -> bool:
+        """Whether a connection to this shard's primary would have to be opened, and could be at once."""
+        return _pool(self.engine(shard_id)).cold
+
     def drop(self, shard_id: str) -> None:
         """The shard is gone from the topology: close its idle connections now, the others when they come back."""
         with self._lock:

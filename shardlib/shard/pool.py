@@ -226,6 +226,14 @@ class ShardPool(Pool):
             f"{budget.open} of {budget.limit} in this process; {now.waiting} waiting"
         )
 
+    @property
+    def cold(self) -> bool:
+        """Whether a checkout would open a connection, and could do so at once: none is idle, and there is room."""
+        member, budget = self.member, self._budget
+        with Section(budget), budget.lock:
+            room = member.size < member.size_max and budget.open < budget.limit
+            return room and not member.idle.get(self._owner()) and member.may_connect(monotonic())
+
     # --------------------------------------------------------------------------------- physical connections
 
     def _connect(self, connection_record: ConnectionPoolEntry) -> Any:

@@ -69,6 +69,16 @@ class Move:
     target: str
     state: MoveState = MoveState.COPYING
 
+    @property
+    def owner(self) -> str:
+        """The shard that has the ranges now."""
+        return self.source if self.state is MoveState.COPYING else self.target
+
+    @property
+    def next_owner(self) -> str:
+        """The shard that the next switch would give the ranges to."""
+        return self.target if self.state is MoveState.COPYING else self.source
+
 
 @dataclass(frozen=True, slots=True)
 class Table:

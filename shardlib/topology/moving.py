@@ -81,7 +81,7 @@ def renew_moving(topology: Topology, job: int, *, nonce: str) -> Topology:
         InvalidTopology: the job has no moves.
     """
     moves = _required(topology, job)
-    served = [(_owner(move), move.ranges) for move in moves]
+    served = [(move.owner, move.ranges) for move in moves]
     return _regated(topology, served, renew=(), forget=moving_gates(topology, job), nonce=nonce)
 
 
@@ -105,15 +105,11 @@ def _handed_over(topology: Topology, job: int, before: MoveState, after: MoveSta
     ring = topology.ring
     moved = tuple(replace(move, state=after) for move in moves)
     for move in moved:
-        ring = reassign(ring, move.ranges, _owner(move))
+        ring = reassign(ring, move.ranges, move.owner)
     others = tuple(move for move in topology.moves if move.job != job)
     # The ring is part of what the gates are checked against, so all of it changes in one step.
     base = replace(topology, ring=ring, moves=(*others, *moved), gates=_without(topology, moving_gates(topology, job)))
-    return _regated(base, [(_owner(move), move.ranges) for move in moved], renew=(), forget=(), nonce=nonce)
-
-
-def _owner(move: Move) -> str:
-    return move.source if move.state is MoveState.COPYING else move.target
+    return _regated(base, [(move.owner, move.ranges) for move in moved], renew=(), forget=(), nonce=nonce)
 
 
 def _shards(moves: Iterable[Move]) -> tuple[str, ...]:

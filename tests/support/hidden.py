@@ -22,7 +22,7 @@ from shardlib.key import describe
 from shardlib.key.composite import SEPARATOR
 from shardlib.ring import TokenRange
 from shardlib.topology import Move, Topology
-from shardlib.topology.moving import announce, finish, give_back, switch
+from shardlib.topology.moving import announce, finish, give_back, moving_gates, renew_moving, switch
 from shardlib_ops import LocalCluster
 
 JOB = 7
@@ -156,6 +156,22 @@ class Moving:
         for shard_id, conn in self._servers.items():
             for number in set(list_gates(conn)) - set(topology.gates_of(shard_id)):
                 assert close_gate(conn, number, budget_s=5.0).closed
+
+    def shut(self) -> list[int]:
+        """Close the gates of the moving ranges where they are served, as a cutover does; their numbers."""
+        topology = self.catalog.load()
+        closed = moving_gates(topology, JOB)
+        for gate in closed:
+            assert close_gate(self._servers[gate.shard_id], gate.number, budget_s=5.0).closed
+        return [gate.number for gate in closed]
+
+    def renewed(self) -> Topology:
+        """The moving ranges are open again where they were; the other shard is not asked."""
+        after = renew_moving(self.catalog.load(), JOB, nonce=uuid4().hex)
+        for gate in moving_gates(after, JOB):
+            open_gate(self._servers[gate.shard_id], gate.number)
+        self.catalog.publish(after, expected=after.version - 1)
+        return after
 
     def run(self, shard_id: str, statement: str) -> list[Any]:
         """Run a statement of the test's own on one shard."""
