@@ -30,7 +30,7 @@ from shardlib_ops.reshard.job import WAY_BACK_LOST, Job, Status
 from shardlib_ops.reshard.resharder import Resharder
 from shardlib_ops.reshard.runner import JobRunner
 from tests.support.eventually import eventually, eventually_async
-from tests.support.failover import cut, fail_over, mend
+from tests.support.failover import cut, fail_over, lead_to_either, mend, promote
 from tests.support.hammer import Hammer
 from tests.support.writers import metadata, note
 
@@ -269,6 +269,31 @@ async def test_what_a_target_has_lost_is_brought_again(lagging: Cluster, step: s
         ended = await run(lagging.cluster, job)
     assert ended.status is Status.COMPLETED, ended.error
     assert lagging.held() == {SOURCE: [], TARGET: ["first"]}
+    await nothing_left(lagging.cluster, job)
+
+
+@pytest.mark.parametrize("shard", [SOURCE, TARGET])
+async def test_a_dsn_that_leads_to_another_server_is_noticed(lagging: Cluster, shard: str) -> None:
+    replica = lagging.replica(shard)
+    lead_to_either(lagging.cluster, shard)
+
+    def lose() -> None:
+        cut(replica)
+        lagging.write("second")
+        promote(lagging.cluster, shard)
+
+    async with Manager(lagging.cluster.url) as manager:
+        job = await manager.move_keys([lagging.moving], target={"shard_id": TARGET})
+        strike = Strike("leg_compared", lose)
+        rested = await run(lagging.cluster, job, strike)
+        assert rested.status is Status.VALIDATION, rested.error
+        assert strike.steps.count("leg_copied") == 2, strike.steps
+        kept = ["first"] if shard == SOURCE else ["first", "second"]
+        assert lagging.scanned() == kept
+        await manager.complete(job.id)
+        ended = await run(lagging.cluster, job)
+    assert ended.status is Status.COMPLETED, ended.error
+    assert lagging.held() == {SOURCE: [], TARGET: kept}
     await nothing_left(lagging.cluster, job)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
 import psycopg
@@ -24,6 +26,7 @@ _GUARDS = """
        AND p.proname ~ '^job_[0-9]+_guard_'
 """
 _TRIES = 20
+_WRITABLE = "target_session_attrs=read-write"
 
 
 def cut(replica: LocalServer) -> None:
@@ -47,20 +50,38 @@ def mend(replica: LocalServer) -> None:
 
 def fail_over(cluster: LocalCluster, shard: str) -> LocalServer:
     """Kill the primary of a shard; its only replica serves behind new gates, and has no old gate and no guard."""
-    (new,) = (server for server in cluster.replicas(shard) if server.running)
     catalog = open_catalog(cluster.url)
     try:
-        old = catalog.load().shard(shard).primary
-        next(server for server in cluster.servers if Dsn(server.dsn) == old).kill()
+        new = promote(cluster, shard)
         with new.connect() as conn:
-            assert conn.execute("SELECT pg_promote(true, 60)").fetchone() == (True,)
-            _alone(conn)
             for (guard,) in conn.execute(_GUARDS).fetchall():
                 conn.execute(sql.SQL("DROP FUNCTION IF EXISTS {}() CASCADE").format(sql.Identifier("shardlib", guard)))
             _tell(catalog, shard, Dsn(new.dsn), conn)
     finally:
         catalog.close()
     return new
+
+
+def promote(cluster: LocalCluster, shard: str) -> LocalServer:
+    """Kill the primary of a shard and promote its only replica, which waits for no other. The catalog is not told."""
+    (old,) = (server for server in cluster.servers if server.shard == shard and server.role == "primary")
+    (new,) = cluster.replicas(shard)
+    old.kill()
+    with new.connect() as conn:
+        assert conn.execute("SELECT pg_promote(true, 60)").fetchone() == (True,)
+        _alone(conn)
+    return new
+
+
+def lead_to_either(cluster: LocalCluster, shard: str) -> None:
+    """Let the shard's DSN in the catalog lead to whichever of its servers is the primary, without naming a replica."""
+    dsn, other = urlsplit(cluster.primary(shard).dsn), cluster.replicas(shard)[0]
+    both = Dsn(urlunsplit(dsn._replace(netloc=f"{dsn.netloc},{dsn.hostname}:{other.port}", query=_WRITABLE)))
+    catalog = open_catalog(cluster.url)
+    try:
+        publish_change(catalog, partial(_led, shard=shard, dsn=both))
+    finally:
+        catalog.close()
 
 
 def _alone(conn: psycopg.Connection[object]) -> None:
@@ -99,3 +120,10 @@ def _reserved(now: Topology, count: int) -> Topology:
 
 def _swapped(now: Topology, shard: str, new: Dsn, numbers: range) -> Topology:
     return swapped(now, now.shard(shard).id, new, numbers, nonce=uuid4().hex)
+
+
+def _led(now: Topology, shard: str, dsn: Dsn) -> Topology:
+    shards = tuple(
+        replace(one, primary=dsn, replicas=()) if one.id == now.shard(shard).id else one for one in now.shards
+    )
+    return now.evolve(shards=shards, nonce=uuid4().hex)
