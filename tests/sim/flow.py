@@ -67,9 +67,12 @@ class FakeFlow:
 
     async def usable(self) -> bool:
         """See `Flow.usable`."""
-        if not await self.world.process.call(lambda: self.origin.usable(self.slot)):
+        call, slots = self.world.process.call, self.origin.slots
+        confirmed = await call(lambda: slots[self.slot].confirmed if self.origin.usable(self.slot) else None)
+        if confirmed is None:
             return False
-        return await self.world.process.call(lambda: self.sink.position.get(self.at)) is not None
+        at = await call(lambda: self.sink.position.get(self.at))
+        return at is not None and at >= confirmed
 
     @property
     def lag_bytes(self) -> int | None:
@@ -119,7 +122,7 @@ class FakeFlow:
         self._check_slot()
         slot = self.origin.slots[self.slot]
         if read < slot.confirmed:
-            raise Failure("the sink has lost transactions")
+            raise Lost("the sink has lost transactions")
         known = self.sink.keys or {}
         again = tuple(key for key, lsn in known.items() if lsn > slot.confirmed and self.moves(key))
         if again:

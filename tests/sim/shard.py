@@ -102,6 +102,8 @@ class FakeShard:
         self.id, self._wait = shard_id, wait
         self.open = set(gates)
         self.ever_open, self.ever_closed = set(gates), set[int]()
+        self._gates_at: list[tuple[int, frozenset[int]]] = [(0, frozenset(gates))]
+        self._replays_until: int | None = None
         self.seen, self.logged = _empty(), _empty()
         self.wal: list[Record] = []
         self.flights: list[Transaction] = []
@@ -202,7 +204,8 @@ class FakeShard:
             self.refusals["guard"] += 1
             raise Guarded(f"{key} at {self.id}")
         flight.locked.append(key)
-        old, count = self.seen["register"].get(key, (0, 0))
+        mine = (change.what for change in reversed(flight.changes) if (change.table, change.key) == ("register", key))
+        old, count = next(mine, None) or self.seen["register"].get(key, (0, 0))
         flight.changes.append(Change("register", key, (old if value is None else value, count + 1)))
         flight.changes.append(Change("bag", key, (uid,)))
 
@@ -249,9 +252,10 @@ class FakeShard:
         """Make a gate; idempotent."""
         if number not in self.open and number in self.ever_closed:
             self.reopened(number)
-        self.open.add(number)
-        self.ever_open.add(number)
-        self.tell()
+        if number not in self.open:
+            self.open.add(number)
+            self.ever_open.add(number)
+            self._log_gates()
 
     def reopened(self, number: int) -> None:
         """Told of each gate that was closed once and is opened again."""
@@ -263,8 +267,26 @@ class FakeShard:
         if number in self.open:
             self.open.remove(number)
             self.ever_closed.add(number)
-            self.tell()
+            self._log_gates()
         return True
+
+    def _log_gates(self) -> None:
+        self._gates_at.append((self._log(()), frozenset(self.open)))
+
+    # The replica
+
+    def replay_until(self, lsn: int | None) -> None:
+        """Have the replica replay no further; None: it follows at once."""
+        self._replays_until = lsn
+        self.tell()
+
+    def replayed(self, lsn: int) -> bool:
+        """Whether the replica has replayed up to there."""
+        return self._replays_until is None or self._replays_until >= lsn
+
+    def replica_gates(self) -> tuple[int, ...]:
+        """The gates that are open at the replica."""
+        return tuple(sorted(next(gates for lsn, gates in reversed(self._gates_at) if self.replayed(lsn))))
 
     def unfinished(self) -> list[Transaction]:
         """Transactions that have written: a new slot waits for their ends, and so does a guard."""

@@ -170,6 +170,12 @@ class FakeSide:
         if self.world.sim.faulty and self.world.sim.rng.random() < 0.02:
             await self.world.process.sleep(timeout_s)
             raise Blocked(f"a replica of {self.shard.id} has not replayed {lsn}")
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self.shard.replayed(int(lsn)):
+                    await self.world.process.wait(self.shard.changes())
+        except TimeoutError:
+            raise Blocked(f"a replica of {self.shard.id} has not replayed {lsn}") from None
 
     async def replicated(self, *, timeout_s: float) -> None:
         """See `Side.replicated`. Who lags is found by `replayed`."""
