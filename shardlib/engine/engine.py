@@ -38,6 +38,7 @@ from shardlib.errors import (
 )
 from shardlib.fence.connection import AsyncFencedConnection, FencedConnection, UnknownCommit, drive
 from shardlib.fence.gate import check_control
+from shardlib.fence.gated import Tally
 from shardlib.fence.sql import READ_CONTROL
 from shardlib.key import encode_key
 from shardlib.route.consistency import Consistency
@@ -324,6 +325,7 @@ class ShardedEngine:
         while True:
             attempt += 1
             session = self.session(shard_key, **options)
+            session._tally = tally = Tally()  # noqa: SLF001 - our own class
             try:
                 with session:
                     answer = work(session)
@@ -335,7 +337,7 @@ class ShardedEngine:
                     session.commit()
                     return answer
             except Exception as error:
-                if session.commits:
+                if tally.kept:
                     raise  # a part of the work is there already
                 wait_s = next_wait(error, attempt, self.options.retry, random.uniform(0.5, 1.0))  # noqa: S311
                 if wait_s is None:
@@ -449,7 +451,8 @@ class ShardedEngine:
         at a time; this does it now.
 
         A part that cannot be settled and a shard that cannot be looked at are entries of the answer, with the reason
-        and what to do. Decisions that nobody can need any more are deleted.
+        and what to do. Decisions that nobody can need any more are deleted. Nothing is settled while the catalog does
+        not answer: it alone tells where the deciding shard's primary is now.
 
         Args:
             older_than_s: leave younger ones to their session.
@@ -461,7 +464,7 @@ class ShardedEngine:
             InvalidArgument: `older_than_s` is not a number of seconds.
         """
         check(CALLS, {"older_than_s": older_than_s})
-        return settle(self.topology, older_than_s=older_than_s, newest=self.refresh)
+        return settle(self.topology, older_than_s=older_than_s, newest=self._core.refresh)
 
     def _help_to_settle(self) -> None:
         """From its first two-phase session on, this process helps to settle what others left in doubt."""
@@ -476,7 +479,7 @@ class ShardedEngine:
             return  # nothing is lost by waiting for the next time
         if lease is not None:
             with lease:
-                settle(self.topology, older_than_s=_SETTLE_EVERY_S, newest=self.refresh)
+                settle(self.topology, older_than_s=_SETTLE_EVERY_S, newest=self._core.refresh)
 
     # -- its end --------------------------------------------------------------------------------------------------
 

@@ -126,7 +126,8 @@ def _begin(core: Core, key: bytes, conn: Connection) -> Topology:
     while True:
         place = topology.place(core.token(key))
         check_active(place.shard)
-        if conn.invalidated or conn.shard is None or conn.shard.id != place.shard.id:
+        stays = conn.shard is not None and conn.shard.id == place.shard.id and not conn.invalidated
+        if not stays or conn.outdated(place.shard.primary):
             _move(conn, core.pools.engine(place.shard.id))
         conn.shard = place.shard
         try:

@@ -116,15 +116,25 @@ def settle(
     be settled, hold up none of the others: each is an entry of the answer. A part whose decider cannot be reached
     stays as it is. Then deletes the decisions that nobody can need any more, if every shard answered.
 
+    Settles by the newest topology alone: by an older one it could ask, and write `abort`, where the decider was before
+    its primary changed.
+
     Args:
-        topology: the cluster.
+        topology: the cluster as far as it is known.
         older_than_s: seconds since it was prepared, by the shard's clock; younger ones are left to their session.
         timeout_s: seconds to connect, and for each statement.
-        newest: asks the catalog for the topology. None: no decision is deleted.
+        newest: asks the catalog for the topology. If it does not answer, nothing is settled. None: `topology` is the
+            newest, and no decision is deleted.
 
     Returns:
         One entry for each transaction in doubt, and for each shard that could not be looked at.
     """
+    if newest is not None:
+        try:
+            topology = newest()
+        except ShardlibError as error:
+            why = _unknown(error)
+            return [_pending(shard, "", why) for shard in topology.shards]
     # This thread works as well.
     with closing(ThreadWaits(_SIDE_BY_SIDE - 1)) as waits:
         visits = waits.run_all([partial(_visit, topology, shard, older_than_s, timeout_s) for shard in topology.shards])
@@ -133,12 +143,24 @@ def settle(
     return [entry for visit in visits for entry in visit.entries]
 
 
-def settle_parts(topology: Topology, parts: Sequence[tuple[Shard, str]], timeout_s: float) -> bool:
-    """Settle these parts of one transaction, each on a new connection, side by side; whether none is in doubt now."""
+def settle_parts(newest: Callable[[], Topology], parts: Sequence[tuple[Shard, str]], timeout_s: float) -> bool:
+    """Settle these parts of one transaction, each on a new connection, side by side; whether none is in doubt now.
+
+    By the topology that `newest` reads; if that raises a `ShardlibError`, all of them stay in doubt.
+    """
     if not parts:
         return True
+    try:
+        topology = newest()
+    except ShardlibError as error:
+        for shard, gid in parts:
+            _pending(shard, gid, _unknown(error))
+        return False
+    now = {shard.id: shard for shard in topology.shards}
     with closing(ThreadWaits(_SIDE_BY_SIDE - 1)) as waits:
-        found = waits.run_all([partial(_settle_part, topology, shard, gid, timeout_s) for shard, gid in parts])
+        found = waits.run_all(
+            [partial(_settle_part, topology, now.get(shard.id, shard), gid, timeout_s) for shard, gid in parts]
+        )
     return all(found)
 
 
@@ -210,8 +232,8 @@ def _ask(topology: Topology, gid: str, timeout_s: float, silent: dict[str, _Why]
     if decider_id in silent:
         return silent[decider_id]
     try:
-        decider = topology.shard(decider_id)
-    except InvalidTopology:
+        decider = topology.shard_by_id(decider_id)
+    except KeyError:
         return _Why(
             f"its global id names the decider {decider_id!r}, which is no shard of this cluster",
             "find out who prepared it (pg_prepared_xacts), then end it by hand: COMMIT PREPARED or ROLLBACK PREPARED",
@@ -237,6 +259,14 @@ def _pending(shard: Shard, gid: str, why: _Why) -> Settled:
     what = gid or "what is in doubt"
     _log.warning("%s stays as it is on shard %s: %s; %s", what, shard.name, why.reason, why.remedy)
     return Settled(shard.name, gid, "pending", why.reason, why.remedy)
+
+
+def _unknown(error: ShardlibError) -> _Why:
+    """Why nothing is settled while the newest topology cannot be had."""
+    return _Why(
+        f"the catalog does not tell where the primaries are now: {error}",
+        "settle again once it answers; engines with two-phase sessions do so by themselves",
+    )
 
 
 def _why(shard: Shard, error: Exception) -> _Why:

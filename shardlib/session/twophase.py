@@ -10,6 +10,7 @@ What a session leaves behind, parts in doubt and decisions, is settled by anybod
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Literal
 from uuid import uuid4
@@ -25,6 +26,7 @@ from shardlib.fence.connection import AsyncFencedConnection, FencedConnection, d
 from shardlib.session.core import Core, as_sqlalchemy
 from shardlib.session.settling import gid_of, settle_parts
 from shardlib.session.unit import Leg, Unit
+from shardlib.topology import Topology
 
 __all__ = ["TwoPhase"]
 
@@ -128,7 +130,8 @@ class TwoPhase:
     def abort(self) -> None:
         """Before the decision was asked for: roll the prepared parts back."""
         self._end_parts("ROLLBACK")
-        self.resolve()  # what has lost its connection
+        # What has lost its connection. No server has decided to commit, so any topology will do.
+        self._resolve(lambda: self._core.cache.current)
 
     def _end_parts(self, verb: Literal["COMMIT", "ROLLBACK"]) -> list[Leg]:
         """End the prepared parts, side by side. Those whose connection is lost stay in `_prepared`.
@@ -153,14 +156,17 @@ class TwoPhase:
 
         Its COMMIT may have been refused, never sent, or have had no answer, or what follows it was interrupted; in
         each case the verdict written at the decider is the truth, and `abort` is written there first if there is
-        none. False if a part, or the decider, does not answer.
+        none. False if a part, the decider, or the catalog (which tells where they are now) does not answer.
         """
+        return self._resolve(self._core.refresh)
+
+    def _resolve(self, newest: Callable[[], Topology]) -> bool:
         decider, prepared = self._decider, self._prepared
         if decider is None:
             return True
         parts = [(leg.shard, self._gid(leg)) for leg in prepared]
         self._decider, self._prepared = None, []
-        return self._core.waits.call(settle_parts, self._core.cache.current, parts, _FINISH_S)
+        return self._core.waits.call(settle_parts, newest, parts, _FINISH_S)
 
     def _act(self, leg: Leg, verb: Literal["COMMIT", "ROLLBACK"]) -> Literal["ended", "lost", "silent"]:
         command = sql.SQL("{} PREPARED {}").format(sql.SQL(verb), self._gid(leg))

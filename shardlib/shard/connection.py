@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from sqlalchemy.engine import Connection, CursorResult, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from shardlib.dsn import Dsn
 from shardlib.errors import UnsupportedOperation
 from shardlib.topology import Shard
 
@@ -69,6 +70,12 @@ class ShardConnection(Connection):
         fairy: Any = self._dbapi_connection or self.connection
         record = fairy._connection_record  # noqa: SLF001 - `driver_connection` without its three calls
         return record.fenced if record is not None else fairy.driver_connection  # type: ignore[no-any-return]
+
+    def outdated(self, endpoint: Dsn) -> bool:
+        """Whether it leads elsewhere than to this endpoint, or its pool has let go of all that was open then."""
+        fairy: Any = self._dbapi_connection or self.connection
+        entry = fairy._connection_record  # noqa: SLF001 - as for `driver`
+        return bool(entry.dsn != endpoint or entry.epoch != entry.home.member.epoch)
 
     def execute(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> CursorResult[Any]:
         """As `Connection.execute`."""

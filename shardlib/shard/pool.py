@@ -240,9 +240,7 @@ class ShardPool(Pool):
         """SQLAlchemy's creator: one attempt through the breaker."""
         entry = cast("PoolEntry", connection_record)
         member, context = self.member, self.context
-        # Before the endpoint is read: who outdates the pool meanwhile means this connection too.
-        epoch = member.epoch
-        dsn = self._latest()
+        dsn, epoch = self._latest()
         conninfo = conninfo_of(dsn, context.options)
         jitter = context.random.uniform(0.5, 1.0)
         connection = None
@@ -278,14 +276,22 @@ class ShardPool(Pool):
             raise
         return connection
 
-    def _latest(self) -> Dsn:
-        """The endpoint by the latest topology; a new one has no failures yet."""
-        dsn = self.endpoint()
-        if dsn != self.tried:
+    def _latest(self) -> tuple[Dsn, int]:
+        """The endpoint by the latest topology, and the epoch of its connections.
+
+        A new one has no failures yet, and what is open to another is outdated: `follow` will not find it so once
+        `tried` is the new one.
+        """
+        while True:
+            # Before the endpoint is read: who outdates the pool meanwhile means this connection too.
+            epoch = self.member.epoch
+            dsn = self.endpoint()
+            if dsn == self.tried:
+                return dsn, epoch
             with Section(self._budget), self._budget.lock:
                 self.member.breaker = self._new_breaker()
-        self.tried = dsn
-        return dsn
+            self.tried = dsn
+            self._budget.outdate(self.member)
 
     def _dial(self, conninfo: str) -> Any:
         context = self.context

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import psycopg
@@ -183,7 +183,7 @@ def test_a_decision_stays_while_a_shard_does_not_answer(world: World) -> None:
 
 
 def test_a_decision_stays_for_a_part_on_a_shard_that_is_new(world: World) -> None:
-    """A process that has not heard of a shard yet asks the catalog before it deletes what that shard's part needs."""
+    """One that came after the decisions were read: the catalog is asked again before what its part needs is deleted."""
     first, second = world.topology.shards
     txid, done = uuid4().hex, uuid4().hex
     gid = gid_of(txid, second.id, first.id)
@@ -193,20 +193,31 @@ def test_a_decision_stays_for_a_part_on_a_shard_that_is_new(world: World) -> Non
 
     class Older:
         shards = (second,)
-        shard = staticmethod(world.topology.shard)
+        shard_by_id = staticmethod(world.topology.shard_by_id)
         cluster_id = world.topology.cluster_id
 
-    def away() -> Topology:
-        raise CatalogUnavailable("etcd://nowhere", "away")
-
     older: Any = Older()
-    assert settle(older, older_than_s=0) == settle(older, older_than_s=0, newest=away) == []
+
+    def answers(*topologies: Any) -> Callable[[], Topology]:
+        found = iter(topologies)
+
+        def newest() -> Topology:
+            for topology in found:
+                return cast("Topology", topology)
+            raise CatalogUnavailable("etcd://nowhere", "away")
+
+        return newest
+
+    assert settle(older, older_than_s=0) == settle(older, older_than_s=0, newest=answers(older)) == []
     assert world.decisions() == {txid: "commit", done: "commit"}
-    assert settle(older, older_than_s=3600, newest=lambda: world.topology) == []
+    assert settle(older, older_than_s=3600, newest=answers(older, world.topology)) == []
     assert world.decisions() == {txid: "commit", done: "commit"}
-    assert settle(older, older_than_s=0, newest=lambda: world.topology) == []
+    assert settle(older, older_than_s=0, newest=answers(older, world.topology)) == []
     assert world.decisions() == {txid: "commit"}
     assert world.gids() == [gid]
+    (entry,) = settle(older, older_than_s=0, newest=answers())
+    assert (entry.shard, entry.gid, entry.verdict) == (second.name, "", "pending")
+    assert "away" in entry.reason
 
 
 @pytest.mark.parametrize("role", ["superuser", _ROLE])

@@ -215,7 +215,7 @@ def test_settling_asks_the_shards_side_by_side(
         class Wider:
             shards = (*dead, alive, decider)
             cluster_id = topology.cluster_id
-            shard = staticmethod(topology.shard)
+            shard_by_id = staticmethod(topology.shard_by_id)
 
         began = time.monotonic()
         done = settling.settle(Wider(), older_than_s=0, timeout_s=2)  # type: ignore[arg-type]
