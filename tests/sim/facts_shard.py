@@ -124,6 +124,7 @@ async def a_gate_number_can_be_made_again(stage: Stage) -> None:
 async def a_lower_token_is_refused(stage: Stage) -> None:
     """When a later runner has claimed a shard, nothing of the earlier one has an effect there, its claim included."""
     world, lease = await runner_of(stage)
+    await write(stage, stage.leg.source, None, stage.moving[:1], "copied")
     await world.copy(stage.leg, nothing)
     later, gate = await successor(stage, lease), stage.new_gate()
     side, flow = world.side(stage.leg.source), world.flow(stage.leg, "forward")
@@ -140,12 +141,14 @@ async def a_lower_token_is_refused(stage: Stage) -> None:
         "advance_sequences": lambda: world.advance_sequences(stage.leg, "reverse", ahead=100),
         "copy": lambda: world.copy(stage.leg, nothing),
         "run": lambda: breaks(world, flow),
+        "purge": lambda: world.purge(stage.leg, stage.leg.source, nothing),
         "claim": side.claim,
         "retire": side.retire,
     }
     for name, verb in verbs.items():
         await refused(name, verb)
     assert await later.side(stage.leg.source).gates() == before
+    await assert_same(stage)
     assert await later.flow(stage.leg, "forward").usable()
     assert not await later.flow(stage.leg, "reverse").usable()
     await later.side(stage.leg.source).open_gate(gate)
