@@ -239,6 +239,7 @@ class ShardedEngine:
         topology = self._cache.current
         shard = topology.shard(shard_id)
         driver.shard_name = shard.name
+        driver.pooled = self._core.pools.options.pgbouncer
         found = drive(driver, driver.one_row(READ_CONTROL))
         if found is None:
             raise InvalidTopology(

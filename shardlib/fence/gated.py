@@ -58,7 +58,7 @@ class Gated(Talking):
             return
         self._gates, self._sent = (), gates
         try:
-            pgconn.send_query(self._start_command() + b"; " + lock_sql(gates))
+            pgconn.send_query(self._start_message(gates))
         except psycopg.Error:
             self._gates, self._sent = gates, ()
 
@@ -102,6 +102,11 @@ class Gated(Talking):
 
     def _start_command(self) -> bytes:
         return super()._get_tx_start_command()
+
+    def _start_message(self, gates: tuple[int, ...]) -> bytes:
+        message = self._start_command() + b"; " + lock_sql(gates)
+        # SHOW takes no snapshot and comes before any query: SET TRANSACTION is free to follow.
+        return message + b"; SHOW in_hot_standby" if self.pooled else message
 
     def _get_tx_start_command(self) -> bytes:
         # psycopg asks for it where it begins a transaction by itself, past `_start_query` and so without a gate.
@@ -148,7 +153,7 @@ class Gated(Talking):
             )
         gates, self._gates = self._gates, ()
         self._check_connection_ok()
-        self.pgconn.send_query(self._start_command() + b"; " + lock_sql(gates))
+        self.pgconn.send_query(self._start_message(gates))
         yield from self._gates_answer(gates, began=True)
 
     def lock_more(self, gates: tuple[int, ...]) -> PQGen[None]:
@@ -162,7 +167,7 @@ class Gated(Talking):
         results = yield from generators.execute(self.pgconn)
         last = results[-1]
         if last.status != FATAL:
-            if self.primary_only and self.pgconn.parameter_status(b"in_hot_standby") == b"on":
+            if self.primary_only and self._on_standby(last, began):
                 # It has the gates of its primary, but not all of what was written behind them.
                 if began:
                     yield from self._exec_command(b"ROLLBACK")
@@ -184,6 +189,11 @@ class Gated(Talking):
                 f"grant it: engine.create_all(metadata, app_roles=[{self.info.user!r}])",
             ) from error
         raise error
+
+    def _on_standby(self, last: pq.abc.PGresult, began: bool) -> bool:
+        if not self.pooled:
+            return self.pgconn.parameter_status(b"in_hot_standby") == b"on"
+        return began and last.get_value(0, 0) == b"on"  # what it holds afterwards, it holds on the same server
 
 
 def begins_without_gate() -> UnsupportedOperation:

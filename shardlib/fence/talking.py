@@ -32,6 +32,9 @@ class Talking(_Base):
     """Once set, a transaction starts only with the gates of `arm`. Unset while the driver sets a connection up."""
     primary_only: bool = True
     """Whether a replica refuses as if its gates were closed: an old primary may have become one."""
+    pooled: bool = False
+    """Whether PgBouncer is between: what the server reported at the login need not be true of the one that serves now,
+    so each start of a transaction asks it."""
     rolling_back: bool = False
     """Whether a ROLLBACK was sent whose answer nobody has read yet."""
 
