@@ -68,11 +68,12 @@ async def claim(conn: AsyncConnection[Any], runner: Runner) -> None:
         psycopg.Error: SQLSTATE SL001 if a later runner holds the job.
     """
     async with asyncio.timeout(_CLAIM_S * 2):
-        found = await conn.execute(
-            f"SELECT pid, application_name, pg_terminate_backend(pid, %s) {_EARLIER}",
-            (_CLAIM_S * 1000, rf"^shardlib job {runner.job} \d+ ", runner.token),
-        )
-        if left := [f"{pid} ({name})" for pid, name, gone in await found.fetchall() if not gone]:
+        who = (rf"^shardlib job {runner.job} \d+ ", runner.token)
+        found = await conn.execute(f"SELECT pid, pg_terminate_backend(pid, %s) {_EARLIER}", (_CLAIM_S * 1000, *who))
+        pids = [pid for pid, gone in await found.fetchall() if not gone]
+        # One that ended by itself before it could be told to does not count as ended there.
+        found = await conn.execute(f"SELECT pid, application_name {_EARLIER} AND pid = ANY(%s)", (*who, pids))
+        if left := [f"{pid} ({name})" for pid, name in await found.fetchall()]:
             raise TimeoutError(f"process {', '.join(left)} of an earlier round does not end within {_CLAIM_S} s")
     try:
         await _take(conn, runner)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 
 import psycopg
@@ -90,6 +92,31 @@ async def test_a_statement_of_a_lost_connection_is_ended_before_the_runner_goes_
     assert await count(look, "SELECT count(*)::int FROM pg_stat_activity WHERE pid = %s", pid) == 0
     await asyncio.sleep(2.2)
     assert await count(look, "SELECT count(*)::int FROM shardlib.copied WHERE job = %s", job) == 0
+
+
+async def test_a_connection_that_ends_by_itself_while_a_claim_ends_others_is_none_that_stays(
+    world: Servers, look: AsyncConnection[tuple[object, ...]]
+) -> None:
+    await world.anew()
+    side = world.side("s1")
+    await side.claim()
+    old = {conn.info.backend_pid: conn for conn in [await side.open("control"), await side.open("observe")]}
+    found = await look.execute("SELECT pid FROM pg_stat_activity WHERE pid = ANY(%s)", (list(old),))
+    slow, ends = [pid for (pid,) in await found.fetchall() if isinstance(pid, int)]
+    await world.anew()
+    os.kill(slow, signal.SIGSTOP)
+    try:
+        claim = asyncio.create_task(side.claim())
+        done, _ = await asyncio.wait([claim], timeout=0.7)
+        assert not done, "it waits for the first of them"
+        await old[ends].close()
+        async with asyncio.timeout(10):
+            while await count(look, "SELECT count(*)::int FROM pg_stat_activity WHERE pid = %s", ends):  # noqa: ASYNC110 - told by nobody
+                await asyncio.sleep(0.02)
+    finally:
+        os.kill(slow, signal.SIGCONT)
+    await claim
+    await old[slow].close()
 
 
 async def test_what_a_pooler_still_holds_back_is_refused_when_it_arrives(world: Servers) -> None:
