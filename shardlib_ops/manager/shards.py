@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 from uuid import uuid4
 
 from shardlib.catalog import publish_change
 from shardlib.dsn import Dsn
-from shardlib.errors import InvalidArgument
+from shardlib.errors import InvalidArgument, InvalidTopology
+from shardlib.session.settling import gid_of, settle
 from shardlib.shard.prepare import prepare_shard
 from shardlib.topology import Shard, Topology
 from shardlib.topology.change import with_shard, without_shard
@@ -17,6 +18,10 @@ from shardlib_ops.manager.base import CONNECT_S, Base, refuse_busy, refuse_promo
 from shardlib_ops.manager.bootstrap import NewShard, reached
 
 __all__ = ["Shards", "planned_shard"]
+
+_SETTLE_AFTER_S: Final = 60.0
+"""Younger prepared transactions are left to their sessions."""
+_PREPARED: Final = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() AND gid LIKE %s ORDER BY gid"
 
 
 class Shards(Base):
@@ -72,8 +77,12 @@ class Shards(Base):
     async def delete_shard(self, shard: str) -> None:
         """Take a shard that owns nothing out of the cluster. Its rows and its server are left as they are.
 
+        First settles two-phase transactions of lost sessions that it decides: nobody could ask it afterwards.
+
         Raises:
-            InvalidTopology: it owns ranges, or a job that is not over uses it, or there is none.
+            InvalidTopology: it owns ranges, or a job that is not over uses it, or another shard holds a prepared
+                transaction that it decides, or there is none.
+            ShardUnavailable: another shard does not tell what it has prepared.
         """
         await asyncio.to_thread(self._delete_shard, shard)
 
@@ -82,9 +91,31 @@ class Shards(Base):
             shard = topology.shard(name)
             refuse_busy(self._jobs.all(), [shard], topology)
             refuse_promoting(self._promotions.open(), [shard])
+            _refuse_deciding(topology, shard)
             return without_shard(topology, shard.id, nonce=uuid4().hex)
 
         publish_change(self._catalog, change)
+
+
+def _refuse_deciding(topology: Topology, shard: Shard) -> None:
+    """No other shard holds a prepared transaction that only this one can decide."""
+    if _decided_by(topology, shard):
+        settle(topology, older_than_s=_SETTLE_AFTER_S, timeout_s=CONNECT_S)
+        if left := _decided_by(topology, shard):
+            raise InvalidTopology(
+                f"shard {shard.name!r} decides prepared transactions of other shards: {', '.join(left)}",
+                "wait for their sessions; if these are gone, `engine.settle()`, then delete it again",
+            )
+
+
+def _decided_by(topology: Topology, decider: Shard) -> list[str]:
+    """The global ids of what is prepared on other shards and decided by this one."""
+    found: list[str] = []
+    for shard in topology.shards:
+        if shard.id != decider.id:
+            with reached(shard, CONNECT_S) as connection:
+                found += [gid for (gid,) in connection.execute(_PREPARED, (gid_of("%", decider.id, "%"),)).fetchall()]
+    return found
 
 
 def planned_shard(topology: Topology, new: NewShard) -> Shard:
