@@ -33,6 +33,11 @@ __all__ = ["TwoPhase"]
 _log = logging.getLogger("shardlib.twophase")
 _FINISH_S: Final = 5.0
 """How long one answer is waited for, in what follows the decision or takes it back."""
+_DECIDE: Final = sql.SQL("""
+    INSERT INTO shardlib.decision (txid, verdict) VALUES ({}, 'commit');
+    SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off'
+""")
+"""The others commit as soon as the decision is acknowledged: a crash of its server must not take it back."""
 
 
 def _command(driver: FencedConnection | AsyncFencedConnection, command: sql.Composed | sql.SQL) -> None:
@@ -78,9 +83,8 @@ class TwoPhase:
         self._txid, self._decider = uuid4().hex, decider
         try:
             self._core.waits.run_all([partial(self._prepare, leg) for leg in others])
-            decision = sql.SQL("INSERT INTO shardlib.decision (txid, verdict) VALUES ({}, 'commit')")
             with as_sqlalchemy(decider.connection):
-                _command(decider.connection.driver, decision.format(self._txid))
+                _command(decider.connection.driver, _DECIDE.format(self._txid))
         except DBAPIError as error:
             self.abort()
             if isinstance(error.orig, pg.ObjectNotInPrerequisiteState):
