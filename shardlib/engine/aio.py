@@ -19,6 +19,7 @@ from shardlib.engine.bulk import BulkProgress, BulkResult, bulk_load
 from shardlib.engine.engine import _NO_KEY, ShardedEngine
 from shardlib.engine.pinned import PinnedEngine
 from shardlib.errors import InvalidArgument, ShardKeyRequired, StaleTopology
+from shardlib.fence.gated import Tally
 from shardlib.key import encode_key
 from shardlib.route.consistency import Consistency
 from shardlib.route.retry import next_wait
@@ -140,6 +141,7 @@ class AsyncShardedEngine:
         while True:
             attempt += 1
             session = self.session(shard_key, **options)
+            session.sync_session._tally = tally = Tally()  # noqa: SLF001 - our own class
             try:
                 async with session:
                     running = work(session)
@@ -149,7 +151,7 @@ class AsyncShardedEngine:
                     await session.commit()
                     return answer
             except Exception as error:
-                if session.sync_session.commits:
+                if tally.kept:
                     raise  # a part of the work is there already
                 policy = self.sync_engine.options.retry
                 wait_s = next_wait(error, attempt, policy, random.uniform(0.5, 1.0))  # noqa: S311

@@ -9,11 +9,12 @@ import psycopg
 from psycopg import errors as pg
 from psycopg.abc import PQGen
 
+from shardlib.errors import UnsupportedOperation
 from shardlib.fence.gated import Gated
 from shardlib.fence.talking import IDLE, INERROR
 from shardlib.fence.verdict import commit_outcome_unknown
 
-__all__ = ["Ending", "UnknownCommit", "outcome_of"]
+__all__ = ["Ending", "UnknownCommit", "has_ended", "outcome_of"]
 
 _COMMIT_AFTER_CANCEL_S: Final = 30.0
 
@@ -48,6 +49,7 @@ class Ending(Gated):
                 f"the transaction on shard {self.shard_name!r} has failed or ended and cannot be prepared; "
                 "roll it back and run it again"
             )
+        self.uncommitted = False  # from here on it ends by its global id
         if self._unreplicated:
             raise psycopg.OperationalError("the wait for a synchronous replica was cancelled while preparing")
 
@@ -56,6 +58,8 @@ class Ending(Gated):
             yield from self._rolled_back()
         status = self.pgconn.transaction_status
         if status == IDLE:
+            if self.uncommitted and self.sealed:
+                raise has_ended(self.shard_name)
             return
         self._check_connection_ok()  # lost before COMMIT was sent: certainly not committed
         if status == INERROR:
@@ -64,18 +68,34 @@ class Ending(Gated):
                 "the transaction has failed and cannot be committed; roll it back and run it again"
             )
         self._unreplicated = False
+        tally = None if self.only_read else self.tally
+        if tally is not None:
+            tally.kept += 1  # from now on it may be, whoever asks and whatever interrupts this
         try:
             yield from super()._commit_gen()
         except psycopg.Error as error:
-            if commit_outcome_unknown(error) and not self.only_read:
+            if commit_outcome_unknown(error):
+                if self.only_read:
+                    raise
                 raise UnknownCommit(str(error).strip() or type(error).__name__) from error
+            if tally is not None:
+                tally.kept -= 1
             raise
+        self.uncommitted = False
         if self._unreplicated and not self.only_read:
             raise UnknownCommit("the wait for a synchronous replica was cancelled; the primary alone has it")
 
     def _see_notice(self, diagnostic: pg.Diagnostic) -> None:
         if diagnostic.sqlstate == "01000" and diagnostic.source_function == "SyncRepWaitForLSN":
             self._unreplicated = True
+
+
+def has_ended(shard_name: str) -> UnsupportedOperation:
+    """The refusal to commit what the application has ended past the session: it was rolled back, or prepared."""
+    return UnsupportedOperation(
+        f"the transaction on shard {shard_name!r} has ended already",
+        "end it by the session or connection alone: commit() or rollback()",
+    )
 
 
 async def outcome_of(running: asyncio.Future[None]) -> None:

@@ -19,7 +19,7 @@ from shardlib.errors import InvalidTopology, UnsupportedOperation
 from shardlib.fence.talking import FATAL, IDLE, IN_TRANSACTION, INERROR, Talking
 from shardlib.fence.verdict import GateClosed, is_closed_gate
 
-__all__ = ["Gated", "begins_without_gate", "lock_sql"]
+__all__ = ["Gated", "Tally", "begins_without_gate", "lock_sql"]
 
 _ACTIVE: Final = pq.TransactionStatus.ACTIVE
 
@@ -29,6 +29,12 @@ def lock_sql(gates: tuple[int, ...]) -> bytes:
     """The statement that takes these gates; -7 is the key table of job 7. Integers, so nothing needs quoting."""
     names = [b"shardlib.gate_%d" % number if number >= 0 else b"shardlib.job_%d_keys" % -number for number in gates]
     return b"LOCK TABLE %s IN ACCESS SHARE MODE" % b", ".join(names)
+
+
+class Tally:
+    """Counts the COMMITs of some transactions that are kept, or may be."""
+
+    kept: int = 0
 
 
 class Gated(Talking):
@@ -41,11 +47,15 @@ class Gated(Talking):
     """Whether a savepoint was rolled back since this was looked at last: gates taken after it are not held any more."""
     guarded: bool = False
     """Set while a cursor begins that looks at what it is given."""
+    uncommitted: bool = False
+    """Whether a transaction was asked for that is not committed, nor prepared: it is open, or has ended otherwise."""
+    tally: Tally | None = None
+    """Who wants to know whether this transaction is committed."""
 
     def arm(self, gates: tuple[int, ...]) -> None:
         """The gates that the next transaction takes. They are used up by its start."""
-        self.sealed = True
-        self._gates = gates
+        self.sealed = self.uncommitted = True
+        self._gates, self.tally = gates, None
 
     def send_begin(self, gates: tuple[int, ...]) -> None:
         """`arm`, and send the start of the transaction now; `begin` must be what is called next, and reads the answer.

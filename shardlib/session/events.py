@@ -42,7 +42,6 @@ def _finish(session: Session) -> None:
         if sharded._unit is not None:  # noqa: SLF001 - our own class
             sharded._unit.savepoint_kept(savepoint)  # noqa: SLF001
         return
-    sharded.commits += 1
     if sharded.two_phase is not None:
         sharded.two_phase.finish()
 

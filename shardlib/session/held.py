@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Engine, util
 from sqlalchemy.orm import Session
 
 from shardlib.errors import ShardKeyMismatch
+from shardlib.fence.gated import Tally
 from shardlib.session.core import Ahead, Core, Needed
 from shardlib.session.twophase import TwoPhase
 from shardlib.session.unit import Leg, Unit
@@ -33,6 +34,8 @@ class HoldsShards(Session):
     _unit: Unit | None = None
     _options: Mapping[str, Any] | None = None
     _ahead: Ahead | None = None
+    _tally: Tally | None = None
+    """Counts what is committed on its connections, by whomever, for `engine.run`."""
 
     @property
     def _now(self) -> Unit:
@@ -46,6 +49,8 @@ class HoldsShards(Session):
         return unit
 
     def _adopt(self, conn: ShardConnection) -> None:
+        if self._tally is not None:
+            conn.driver.tally = self._tally
         try:
             self._connection_for_bind(cast("Engine", _Begun(conn)))  # what Session.connection() comes to
         finally:

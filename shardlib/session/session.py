@@ -55,8 +55,6 @@ class ShardedSession(WritesInBulk):
 
     # What most sessions never change lies in the class: a session is made for every transaction.
     engine: ShardedEngine
-    commits = 0
-    """How many transactions of this session are committed."""
     observed = False
     """Whether it is inside of a call that is counted as a request."""
     _executing = 0

@@ -15,6 +15,7 @@ from sqlalchemy.orm import SessionTransaction
 
 from shardlib.errors import CommitOutcomeUnknown, CrossShardTransaction, StaleTopology, UnsupportedOperation
 from shardlib.fence.connection import drive, lock_gates
+from shardlib.fence.ending import has_ended
 from shardlib.fence.verdict import GateClosed
 from shardlib.session.core import Ahead, Core, Needed, as_sqlalchemy, is_read_only
 from shardlib.shard import ShardConnection
@@ -331,10 +332,7 @@ class Unit:
             for leg in failed:
                 leg.connection._commit_impl()  # noqa: SLF001 - keeps SQLAlchemy's errors
             if failed:
-                raise UnsupportedOperation(
-                    f"the transaction on shard {failed[0].shard.name!r} has ended already",
-                    "end it by the session alone: session.commit() or session.rollback()",
-                )
+                raise has_ended(failed[0].shard.name)
             locking = self._end_reads()
             if self.prepare is not None:
                 try:
