@@ -110,7 +110,8 @@ class Place(NamedTuple):
 class Topology:
     """An immutable snapshot: version, shards, ring, gates, moves under way, hash function, tables.
 
-    Invariants, checked at construction: names and ids are unique; every owner in the ring is a shard; every shard
+    Invariants, checked at construction: names and ids are unique, and no name is or may become the id of another shard
+    (`s` and a number); every owner in the ring is a shard; every shard
     that owns tokens has one default gate; gates with ranges belong to the owner of those ranges and do not overlap;
     no gate number and no shard number (17 of `s17`) is at or past the next free one; no range moves twice, and what
     moves is owned by the side that serves it.
@@ -169,6 +170,12 @@ class Topology:
             raise InvalidTopology(
                 f"topology {self.version} names a shard twice", "shard names and ids are unique in a cluster"
             )
+        for shard in self.shards:
+            if shard.name != shard.id and shard.name[:1] == "s" and _decimal(shard.name[1:]):
+                raise InvalidTopology(
+                    f"topology {self.version}: shard {shard.id!r} is named {shard.name!r}, the id of another one",
+                    "names like s1 are the ids that shards get by themselves: name it otherwise",
+                )
         highest = highest_number(self.shards)
         if highest >= self.next_shard:
             raise InvalidTopology(
@@ -284,7 +291,7 @@ class Topology:
         Raises:
             InvalidTopology: there is none, or the argument is no string.
         """
-        found = self._by_name.get(name_or_id) or self._by_id.get(name_or_id)
+        found = self._by_id.get(name_or_id) or self._by_name.get(name_or_id)
         if found is None:
             known = ", ".join(shard.name for shard in self.shards) or "none"
             raise InvalidTopology(f"there is no shard {name_or_id!r}", f"the shards are: {known}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -34,6 +35,16 @@ def test_a_shard_that_skips_numbers_does_not_join() -> None:
 
 def test_a_new_cluster_goes_on_after_its_highest_number() -> None:
     assert initial([shard("s9"), shard("s2")], hash_function="murmur3", cluster_id="c", nonce="n").next_shard == 10
+
+
+@pytest.mark.parametrize("name", ["s2", "s7", "s01"])
+def test_no_shard_is_named_like_the_id_of_another(name: str) -> None:
+    topology = make_topology(3)
+    first, *others = topology.shards
+    with pytest.raises(InvalidTopology, match=f"shard 's1' is named '{name}'"):
+        topology.evolve(shards=(replace(first, name=name), *others))
+    for own in ("s1", "s2a", "s"):
+        assert topology.evolve(shards=(replace(first, name=own), *others)).shard(own).id == "s1"
 
 
 def test_the_shard_of_a_token_is_that_of_its_place(rng: random.Random) -> None:
