@@ -38,7 +38,8 @@ def _look_at(query: Any, connection: Any) -> None:
     if not connection.sealed:
         return
     text = _text_of(query, connection)
-    word = ending_statement(text)
+    escapes = connection.pgconn.parameter_status(b"standard_conforming_strings") == b"off"
+    word = ending_statement(text, escapes=escapes)
     if word is not None:
         raise UnsupportedOperation(
             f"{word} as the text of a statement would leave what follows without a gate",

@@ -152,7 +152,12 @@ def by_nested_comment(session: Any, raw: Any) -> None:
     session.execute(text("/* /* */ ' */ SELECT 1; COMMIT AND CHAIN -- '"))
 
 
-@pytest.mark.parametrize("way", [by_copy, by_client_cursor, by_raw_cursor, by_nested_comment])
+def by_backslash(session: Any, raw: Any) -> None:
+    session.execute(text("SET LOCAL standard_conforming_strings = off"))
+    session.connection().exec_driver_sql("SELECT 'a\\'; -- '; COMMIT AND CHAIN; --'")
+
+
+@pytest.mark.parametrize("way", [by_copy, by_client_cursor, by_raw_cursor, by_nested_comment, by_backslash])
 def test_no_text_ends_a_transaction_unseen(
     facade: SyncFacade, keys: list[str], way: Callable[[Any, Any], None]
 ) -> None:
