@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from shardlib.topology import Topology
+from shardlib.topology.moving import moving_gates
 from shardlib_ops.reshard.job import Status, Wish
 from shardlib_ops.reshard.world import Lost
 from tests.sim.clients import Client
@@ -139,6 +140,36 @@ def test_a_gate_number_is_not_used_again_when_others_are_faster(scenario: str, n
     result = run(scenario, types={"world_type": world}, heal_s=60.0)
     assert result.status is Status.COMPLETED
     assert renewed == [True, True]
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize("scenario", ["split", "split_two", "merge"])
+def test_the_ranges_are_given_back_when_the_new_gates_cannot_be_opened(scenario: str, hangs: bool) -> None:
+    """The target goes away, or does not answer, between the handing over and the swap: the source serves again."""
+    failed: list[float] = []
+
+    class Away(FakeSide):
+        async def open_gate(self, number: int) -> None:
+            sim = self.world.sim
+            if not failed and sim.steps[-1] == "handed_over":
+                failed.append(sim.loop.time())
+                if not hangs:
+                    raise Lost(f"shard {self.shard.id} went away")
+                await asyncio.sleep(3600.0)
+            await super().open_gate(number)
+
+    given_way: list[float] = []
+
+    def look(sim: Simulation, _: Process) -> None:
+        given_way.append(sim.loop.time())
+        for gate in moving_gates(sim.catalog.topology, sim.catalog.job.id):
+            assert gate.number in sim.shards[gate.shard_id].open
+
+    world = type("World", (FakeWorld,), {"side_type": Away})
+    result = run(scenario, types={"world_type": world}, at_step=at("given_way", look), heal_s=60.0)
+    assert result.status is Status.COMPLETED
+    assert result.steps[result.steps.index("handed_over") + 1] == "given_way"
+    assert given_way[0] - failed[0] < 10.0
 
 
 BEFORE_SWAP = {1: "gates_opened", 2: "handed_over"}

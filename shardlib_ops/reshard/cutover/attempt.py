@@ -118,6 +118,9 @@ class Cutover:
                 await self._drain(number, until)
                 await self._compare(compared)
                 await self._hand_over(until)
+                if self.direction == "forward":
+                    await self._open(topology, after)
+                    self._refuse_late(until)
         except (Blocked, TimeoutError) as error:
             self.waiting_for = str(error) or "the attempt took too long"
             await self._take_back()
@@ -128,8 +131,6 @@ class Cutover:
         except BaseException:
             await self._take_back()
             raise
-        if self.direction == "forward":
-            await self._open(topology, after)
         if not await self.world.publish(after, expected=after.version - 1):
             self.waiting_for = _OTHERS
             await self._take_back()
@@ -201,9 +202,12 @@ class Cutover:
         if self.direction == "forward":
             await together(self._start_reverse(leg) for leg in self.job.legs)
         await self._replicated(max(0.05, until - self.world.now()))
+        self._refuse_late(until)
+        await self.step("handed_over")
+
+    def _refuse_late(self, until: float) -> None:
         if self.world.now() > until:
             raise Blocked(f"the ranges were closed for {self.limits.budget_s:g} s, which is all an attempt may take")
-        await self.step("handed_over")
 
     async def _replicated(self, timeout_s: float) -> None:
         """Whoever is promoted next, of either side, has what this attempt leans on: the rows, the keys, the guard."""
