@@ -350,7 +350,8 @@ def begun_by_status(shard: Shard, conn: ShardConnection, limit_s: float) -> None
         psycopg.Error: the connection was lost.
     """
     if shard.status is Status.READONLY:
-        drive_within(conn.driver, conn.driver.message(b"SET TRANSACTION READ ONLY"), limit_s)
+        # After its first snapshot a transaction stays so, whatever a text sets.
+        drive_within(conn.driver, conn.driver.message(b"SET TRANSACTION READ ONLY; SELECT 1"), limit_s)
 
 
 def is_read_only(shard: Shard) -> UnsupportedOperation:

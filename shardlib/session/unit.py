@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Literal
 
-from psycopg import IsolationLevel, pq
+from psycopg import pq
 from sqlalchemy import Connection, event
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import SessionTransaction
 
 from shardlib.errors import CommitOutcomeUnknown, CrossShardTransaction, StaleTopology, UnsupportedOperation
-from shardlib.fence.connection import drive, lock_gates
+from shardlib.fence.connection import lock_gates
 from shardlib.fence.ending import has_ended
 from shardlib.fence.verdict import GateClosed
 from shardlib.session.core import Ahead, Core, Needed, as_sqlalchemy, is_read_only
+from shardlib.session.leg import Leg
 from shardlib.shard import ShardConnection
 from shardlib.topology import Shard, Status, Topology
 
@@ -25,71 +24,7 @@ __all__ = ["Leg", "Unit"]
 
 _Refusal = tuple[str, GateClosed]
 """The name of a shard, and the gates that it refused."""
-_log = logging.getLogger("shardlib.session")
 _INTRANS: Final = pq.TransactionStatus.INTRANS
-
-
-class Leg:
-    """The part of a transaction that runs on one shard."""
-
-    __slots__ = ("_gates", "at_begin", "connection", "shard")
-
-    def __init__(self, shard: Shard, connection: ShardConnection, gates: tuple[int, ...]) -> None:
-        self.shard, self.connection = shard, connection
-        self.at_begin = frozenset(gates)
-        self._gates = self.at_begin
-
-    @property
-    def gates(self) -> frozenset[int]:
-        """The gates that are certainly held: without those that went with a savepoint, whoever rolled it back."""
-        if len(self._gates) != len(self.at_begin):
-            driver = self.connection.driver
-            if driver.savepoint_undone:
-                self.savepoint_ended()
-        return self._gates
-
-    def took(self, gates: Iterable[int]) -> None:
-        """Gates that were locked just now."""
-        self.connection.driver.savepoint_undone = False
-        self._gates = self._gates.union(gates)
-
-    def savepoint_ended(self) -> None:
-        """Forget gates taken since the transaction began: PostgreSQL lets go of them with a savepoint."""
-        self._gates = self.at_begin
-
-    @property
-    def locks_to_the_end(self) -> bool:
-        """Whether row locks taken here must outlast the writes on other shards.
-
-        A serializable transaction may fail as it commits, and so is committed before them.
-        """
-        return self.connection.locks and self.connection.driver.isolation_level != IsolationLevel.SERIALIZABLE
-
-    def send(self, command: bytes) -> None:
-        """Send a command whose rows do not matter; errors are SQLAlchemy's."""
-        driver = self.connection.driver
-        with as_sqlalchemy(self.connection):
-            drive(driver, driver.message(command))
-
-    def end_read(self) -> None:
-        """Commit what was only read. A connection lost meanwhile is no unknown outcome: there is nothing to lose."""
-        driver = self.connection.driver
-        driver.only_read = not self.connection.handed_out
-        try:
-            self.connection._commit_impl()  # noqa: SLF001 - keeps SQLAlchemy's errors
-        finally:
-            driver.only_read = False
-            self.connection.ended = True
-
-    def let_go(self) -> None:
-        """Commit what was only read, after the writes are committed: nothing that happens here undoes them."""
-        try:
-            self.end_read()
-        except (SQLAlchemyError, CommitOutcomeUnknown) as error:
-            _log.info("shard %s, only read, failed after the commit: %s", self.shard.name, type(error).__name__)
-            self.connection.given_up = True
-            if not self.connection.invalidated:
-                self.connection.invalidate(error)
 
 
 class Unit:
@@ -310,9 +245,12 @@ class Unit:
         """SQLAlchemy commits several connections in any order: what must come first, comes before the first of them."""
         if len(self.legs) < 2:
             return
+        root = self.transaction
+        listened = root is not None and bool(root.session.dispatch.after_begin)
         for leg in self.legs.values():
             if leg.connection not in self._heard:
                 self._heard.add(leg.connection)
+                leg.listened = listened
                 event.listen(leg.connection, "commit", self._committing)
 
     def _committing(self, conn: Connection) -> None:
@@ -349,8 +287,13 @@ class Unit:
             self._stage = "failed"
             raise
         self._stage = "ready"
-        for leg in locking:
-            leg.let_go()
+        lost = [leg.shard.name for leg in locking if not leg.let_go()]
+        if lost:
+            raise CommitOutcomeUnknown(
+                lost[0],
+                "it was lost after the other shards had committed, and the application had the connection: it may have "
+                "written there",
+            )
 
     @property
     def decider(self) -> Leg:
@@ -362,6 +305,9 @@ class Unit:
         locking: list[Leg] = []
         for shard_id, leg in self.legs.items():
             if shard_id in self.writes:
+                continue
+            if self.prepare is not None and leg.may_have_written():
+                self.writes[shard_id] = None
                 continue
             if self.writes and leg.locks_to_the_end:
                 leg.send(b"SELECT 1")  # its locks are there still

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from sqlalchemy.engine import Connection, CursorResult, Engine
+from sqlalchemy.engine import Connection, CursorResult, Engine, NestedTransaction
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import PoolProxiedConnection
 
 from shardlib.dsn import Dsn
 from shardlib.errors import UnsupportedOperation
@@ -22,6 +23,13 @@ FAN_OUT: Final = "shardlib_fan_out"
 """The execution option that marks the statement which several connections are asked."""
 OWNED_ONLY: Final = "shardlib_owned_only"
 """The execution option that marks a statement which must not see rows that the shard holds but does not own."""
+
+
+def _no_detach() -> None:
+    raise UnsupportedOperation(
+        "a connection of a shard cannot be detached from its pool, which counts it and routes its transactions",
+        "open a connection of your own to shard.primary",
+    )
 
 
 class _Answers(Protocol):
@@ -140,16 +148,27 @@ class ShardConnection(Connection):
             del options["isolation_level"]
         return super().execution_options(**options)
 
+    @property
+    def connection(self) -> PoolProxiedConnection:
+        """As `Connection.connection`; what it gives cannot be detached either."""
+        fairy: Any = self._dbapi_connection
+        if fairy is None:
+            fairy = super().connection
+        fairy.detach = _no_detach
+        return fairy  # type: ignore[no-any-return]
+
     def detach(self) -> None:
         """Refused: see the error.
 
         Raises:
             UnsupportedOperation: always.
         """
-        raise UnsupportedOperation(
-            "a connection of a shard cannot be detached from its pool, which counts it and routes its transactions",
-            "open a connection of your own to shard.primary",
-        )
+        _no_detach()
+
+    def begin_nested(self) -> NestedTransaction:
+        """As `Connection.begin_nested`."""
+        self._begin_first()
+        return super().begin_nested()
 
     def _commit_impl(self) -> None:
         if self.ended:

@@ -421,6 +421,28 @@ def test_what_was_written_before_a_refusal_is_not_committed_as_nothing(
     assert facade.session(lambda s: s.get(Customer, (keys[0], 1)), keys[0]) is None
 
 
+def test_a_core_connection_that_could_not_begin_goes_on(facade: Any, keys: list[str], operator: Operator) -> None:
+    """SQLAlchemy takes it for one that is still beginning, and would begin no transaction by itself."""
+    shard_id = facade.core.shard_for(keys[0]).id
+
+    def body(conn: Any) -> None:
+        conn.execute(text("SELECT 1"))
+        conn.rollback()
+        frozen(facade)
+        facade.core._core.reroute_timeout_s = 0.2
+        old, _ = operator.renew(shard_id)
+        assert operator.close(shard_id, old)
+        with pytest.raises(errors.StaleTopology):
+            conn.begin()
+        facade.core._cache._catalog = facade.core._cache._catalog._inner
+        facade.core.refresh()
+        with conn.begin_nested():
+            assert conn.scalar(text("SELECT 1")) == 1
+        conn.commit()
+
+    facade.connect(body, keys[0])
+
+
 def test_a_core_scan_holds_all_gates_of_its_shard(facade: Any, keys: list[str], operator: Operator) -> None:
     shard_id, moving = operator.give_own_gate(facade, keys[0])
 

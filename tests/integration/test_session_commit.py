@@ -174,6 +174,9 @@ def test_a_connection_is_not_detached(facade: Any, keys: list[str]) -> None:
     def core(conn: Any) -> None:
         with pytest.raises(errors.UnsupportedOperation, match=r"shard\.primary"):
             conn.detach()
+        with pytest.raises(errors.UnsupportedOperation, match=r"shard\.primary"):
+            conn.connection.detach()
         assert conn.scalar(text("SELECT 2")) == 2
 
     facade.connect(core, keys[0])
+    facade.session(lambda s: core(s.connection()), keys[0])

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import psycopg
 import pytest
-from sqlalchemy import event, insert, select
+from sqlalchemy import event, insert, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from shardlib import AsyncShardedEngine
+from shardlib import AsyncShardedEngine, errors
 from shardlib_ops import LocalCluster
 from tests.support.cancelling import CancelAt, How
 from tests.support.models import Customer, Order
@@ -161,3 +161,69 @@ async def _cancelled_at_each_step(shop: LocalCluster, how: How, twophase: bool) 
 
 async def _until_done(cancel: CancelAt) -> None:
     await cancel
+
+
+@pytest.mark.parametrize("twophase", [False, True])
+@pytest.mark.parametrize("locks", [False, True])
+def test_rows_of_a_listener_are_lost_to_nobody(
+    facade: Any, shop: LocalCluster, keys: list[str], locks: bool, twophase: bool
+) -> None:
+    """A listener of `after_begin` writes on a shard that is only read otherwise, whose connection is then lost."""
+    read, written, _ = keys
+    ids = shard_ids(facade, keys)
+    dsn = facade.core.topology.shard(ids[0]).primary.conninfo()
+
+    def body(s: Any) -> None:
+        @event.listens_for(s, "after_begin")
+        def audit(_session: Any, _transaction: Any, conn: Any) -> None:
+            key = keys[ids.index(conn.shard_id)]
+            conn.execute(text("INSERT INTO orders (tenant_id, id, total) VALUES (:key, 9, 1)"), {"key": key})
+
+        query = select(Customer).where(Customer.tenant_id == read)
+        s.execute(query.with_for_update() if locks else query).all()
+        s.add(Order(tenant_id=written, id=1))
+        s.flush()
+        pid = s._unit.legs[ids[0]].connection.driver.info.backend_pid
+        decider = s._unit.legs[ids[1]].connection
+
+        @event.listens_for(decider, "commit")
+        def lost(_conn: Any) -> None:
+            with psycopg.connect(dsn, autocommit=True) as killer:
+                killer.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+
+        s.commit()
+
+    told: list[type[Exception]] = []
+    try:
+        facade.session(body, twophase=twophase)
+    except (SQLAlchemyError, errors.CommitOutcomeUnknown) as error:
+        told.append(type(error))
+    rows = kept(shop)
+    assert told == [errors.CommitOutcomeUnknown] or rows == (0 if told else 3), (told, rows)
+
+
+@pytest.mark.parametrize("locks", [False, True])
+def test_a_listener_that_only_reads_does_not_count(facade: Any, keys: list[str], locks: bool) -> None:
+    """A setting for each transaction is no write, and its commit none: the unit is run again as any other."""
+    read, written, _ = keys
+    attempts: list[int] = []
+
+    def work(s: Any) -> None:
+        @event.listens_for(s, "after_begin")
+        def settings(_session: Any, _transaction: Any, conn: Any) -> None:
+            conn.execute(text("SET LOCAL application_name = 'mine'"))
+
+        attempts.append(1)
+        query = select(Customer).where(Customer.tenant_id == read)
+        s.execute(query.with_for_update() if locks else query).all()
+        s.add(Order(tenant_id=written, id=1))
+        s.flush()
+        decider = s._unit.legs[facade.core.shard_for(written).id].connection
+
+        @event.listens_for(decider, "commit")
+        def once(_conn: Any) -> None:
+            if len(attempts) == 1:
+                raise errors.ShardUnavailable("another", "before the commit that decides")
+
+    facade.run(work)
+    assert attempts == [1, 1]

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import pytest
 from sqlalchemy import insert, select, text
+from sqlalchemy.exc import DBAPIError
 
 from shardlib import errors
 from shardlib.topology import Status
@@ -72,6 +73,20 @@ def test_a_read_only_shard_is_read_only(
     assert facade.session(lambda s: s.scalars(orders).all()) == []
     set_status("active")
     way(facade, keys[0])  # by the same pooled connection
+
+
+@pytest.mark.parametrize("setting", ["SET TRANSACTION READ WRITE", "SET LOCAL transaction_read_only = off"])
+def test_a_read_only_shard_stays_so_whatever_a_text_sets(
+    facade: Any, keys: list[str], set_status: Callable[[str], None], setting: str
+) -> None:
+    set_status("readonly")
+
+    def of_a_session(s: Any) -> None:
+        with pytest.raises(DBAPIError, match="before any query"):
+            s.execute(text(setting))
+
+    facade.session(of_a_session, keys[0])
+    facade.connect(of_a_session, keys[0])
 
 
 @pytest.mark.parametrize("way", WAYS)
