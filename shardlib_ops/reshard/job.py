@@ -115,7 +115,7 @@ class Job(msgspec.Struct, frozen=True):
         error: what made it fail, or what it is waiting for.
         retention_s: seconds that both sides stay in step after the switch before the job completes by itself;
             None: until `complete` is called.
-        switched_at: when the switch was seen to be done.
+        switched_at: when the switch was seen to be done; the retention counts from it.
         attempts: attempts of cutover so far.
         compared: leg number -> LSN on the source up to which both sides were compared and found equal.
         purging: whether deleting of old copies may have begun: from then on there is no way back.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from datetime import datetime
 from typing import Any, Final
 
 from shardlib.errors import InvalidTopology
@@ -65,6 +66,7 @@ class JobRunner:
         self.world, self.job, self.limits = world, job.checked(), limits
         self._complete, self._stay, self._told = complete, stay, step
         self._saving = asyncio.Lock()
+        self._streams_broke = False
         world.waits = self._note
 
     async def go(self) -> Job:
@@ -358,7 +360,18 @@ class JobRunner:
         flows = self._flows("reverse")
         if replaced or not all([await flow.usable() for flow in flows.values()]):
             return await self._one_way(servers)
-        since = self.world.now()
+        if self._streams_broke and self._may_complete(await self.world.wish()):
+            # They may break each time before the foreign keys are checked, and are not needed to complete.
+            await self._check_foreign_keys()
+            return await self._complete_now()
+        try:
+            return await self._keep_in_step(flows)
+        except (Failure, Lost, Blocked, TimeoutError):
+            self._streams_broke = True
+            raise
+
+    async def _keep_in_step(self, flows: dict[int, Flow]) -> bool:
+        """Carry back what is written, until the operator decides or the retention is over; whether the job rests."""
         async with self.world.running(list(flows.values())), self._checking_foreign_keys() as checking:
             while True:
                 wish = await self.world.wish()
@@ -373,11 +386,14 @@ class JobRunner:
                     await self.world.sleep(_LOOK_S)
                     continue
                 checking.result()
-                if self._may_complete(wish, since):
+                if self._may_complete(wish):
                     break
                 if not self._stay and ready([flow.lag_bytes for flow in flows.values()], self.limits) is None:
                     return True
                 await self.world.sleep(_LOOK_S)
+        return await self._complete_now()
+
+    async def _complete_now(self) -> bool:
         await self._to(Status.CLEANUP, outcome=Status.COMPLETED, purging=True, error=None)
         return False
 
@@ -398,20 +414,33 @@ class JobRunner:
         if left:
             await self._note(f"foreign keys that hold on the source do not hold on the target: {', '.join(left)}")
 
-    def _may_complete(self, wish: Wish, since: float) -> bool:
-        kept = self.job.retention_s is not None and self.world.now() - since >= self.job.retention_s
-        return wish is Wish.COMPLETE or self._complete or kept
+    def _may_complete(self, wish: Wish) -> bool:
+        if wish in (Wish.PAUSE, Wish.ROLLBACK):
+            return False  # the old copies are kept for it, however long that takes
+        return wish is Wish.COMPLETE or self._complete or self._kept_long_enough()
+
+    def _kept_long_enough(self) -> bool:
+        """Whether the retention is over.
+
+        By the wall clock, since it has to outlive the runner. That is harmless here: a wrong clock makes the window
+        shorter or longer, and no decision about where the rows are looks at it.
+        """
+        if self.job.retention_s is None or self.job.switched_at is None:
+            return False
+        kept = datetime.fromisoformat(self.world.stamp()) - datetime.fromisoformat(self.job.switched_at)
+        return kept.total_seconds() >= self.job.retention_s
 
     async def _one_way(self, servers: dict[str, str]) -> bool:
-        """The way back is lost with its stream: only completing is left, and the operator is told."""
+        """The way back is lost with its stream: only completing is left, and the operator is told.
+
+        The old copies stay as long as they would with it: they are what an operator has if the new ones are bad.
+        """
         for flow in self._flows("reverse").values():
             await flow.drop_slot()  # nobody reads it any more, and it would keep WAL
         if servers != self.job.servers:
             await self._save(self.job.changed(servers=servers))
-        wish = await self.world.wish()
-        if self._may_complete(wish, float("-inf") if self.job.retention_s is not None else self.world.now()):
-            await self._to(Status.CLEANUP, outcome=Status.COMPLETED, purging=True, error=None)
-            return False
+        if self._may_complete(await self.world.wish()):
+            return await self._complete_now()
         if WAY_BACK_LOST not in (self.job.error or ""):
             await self._note(WAY_BACK_LOST)
         if not self._stay:

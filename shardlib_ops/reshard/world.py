@@ -162,7 +162,7 @@ class World(Protocol):
     jitter: Callable[[], float]
     """A number in 0..1 at random."""
     stamp: Callable[[], str]
-    """The wall clock as UTC in ISO 8601: a label for people, which decides nothing."""
+    """The wall clock as UTC in ISO 8601: a label for people, which decides nothing but when a retention is over."""
     nonce: Callable[[], str]
     """A text that no other call gives."""
     waits: Callable[[str | None], Awaitable[None]]

@@ -84,6 +84,7 @@ class Faults:
         others: seconds at which somebody else changes the topology.
         heal_s: when all of it ends.
         final: what is asked of a job that rests.
+        stay: runners keep both sides in step, as those of `Resharder.serve`.
     """
 
     lost: float = 0.0
@@ -97,6 +98,7 @@ class Faults:
     others: list[float] = field(default_factory=list)
     heal_s: float = 20.0
     final: Wish = Wish.COMPLETE
+    stay: bool = False
 
     @classmethod
     def random(cls, rng: Random) -> Faults:
@@ -372,7 +374,7 @@ class Simulation:
                     client.nudge()
             await process.sleep(self.delay())
 
-        return await JobRunner(world, job, limits=self.limits, step=told).go()
+        return await JobRunner(world, job, limits=self.limits, stay=self.faults.stay, step=told).go()
 
     # Clients
 
@@ -450,7 +452,7 @@ class Simulation:
         self.faulty = self.catalog.away = False
         if self.catalog.wish is Wish.PAUSE:
             self.catalog.ask(Wish.RUN)
-        self.faults = Faults(final=self.faults.final)
+        self.faults = Faults(final=self.faults.final, stay=self.faults.stay)
 
     def _lose_slot(self) -> None:
         slots = [(shard, name) for shard in self.shards.values() for name in shard.slots]

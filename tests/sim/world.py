@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -224,7 +225,7 @@ class FakeWorld:
         self.now: Callable[[], float] = sim.loop.time
         self.sleep: Callable[[float], Awaitable[None]] = process.sleep
         self.jitter: Callable[[], float] = sim.rng.random
-        self.stamp: Callable[[], str] = lambda: f"at {sim.loop.time():.3f}"
+        self.stamp: Callable[[], str] = lambda: datetime.fromtimestamp(sim.loop.time(), UTC).isoformat()
         self.nonce: Callable[[], str] = sim.nonce
         self.waits: Callable[[str | None], Awaitable[None]]
         self._sides = {shard_id: self.side_type(self, shard) for shard_id, shard in sim.shards.items()}
