@@ -6,15 +6,17 @@ import asyncio
 import logging
 import random
 import socket
+import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from os import getpid
 from types import TracebackType
 from typing import Final, Self
 
-from shardlib.catalog import Catalog, Lease, open_catalog
-from shardlib.errors import CatalogUnavailable, InvalidArgument
+from shardlib.catalog import Catalog, Conflict, Lease, open_catalog
+from shardlib.errors import CatalogUnavailable, InvalidArgument, InvalidTopology
 from shardlib_ops.reshard.cutover import Limits
-from shardlib_ops.reshard.job import Job
+from shardlib_ops.reshard.job import Job, Status
 from shardlib_ops.reshard.progress import JobProgress, Observer, metrics_text, reported
 from shardlib_ops.reshard.runner import JobRunner
 from shardlib_ops.reshard.servers import Servers
@@ -28,11 +30,21 @@ _log = logging.getLogger("shardlib.reshard")
 _LEASE_WAIT_S: Final = 1.0
 _LOOK_S: Final = 1.0
 _BACK_OFF_S: Final = (0.2, 0.5, 1.0, 3.0)
+_BROKEN_S: Final = (1.0, 3.0, 10.0, 30.0)
 _TOLD_MAX: Final = 100
 
 
 async def _unheard(step: str) -> None:
     """The step callback of who does not want to know."""
+
+
+def _note(job_id: int, store: JobStore, lease: Lease, error: Exception) -> None:
+    """Write into a job's record what has broken its runner, if that can be done now; the log tells it in any case."""
+    with suppress(CatalogUnavailable, Conflict, InvalidTopology):
+        job = store.load(job_id)
+        if not job.status.over and job.outcome is not Status.FAILED:  # why it failed stays there
+            told = str(error) if isinstance(error, InvalidTopology) else f"{type(error).__name__}: {error}"
+            store.save(job.changed(error=f"its runner has broken off, and tries again: {told}"), lease)
 
 
 class Resharder:
@@ -123,19 +135,35 @@ class Resharder:
 
         Jobs in `validation` are kept in step until the operator decides or their retention is over.
         """
-        running: dict[int, asyncio.Task[Job]] = {}
+        running: dict[int, asyncio.Task[None]] = {}
         async with asyncio.TaskGroup() as group:
             while True:
                 running = {job_id: task for job_id, task in running.items() if not task.done()}
                 try:
-                    jobs = await asyncio.to_thread(JobStore(self._catalog).all)
+                    jobs = await asyncio.to_thread(JobStore(self._catalog).open)
                 except CatalogUnavailable as error:
                     _log.warning("the jobs cannot be listed now: %s", error)
                     jobs = []
-                for job in jobs:
-                    if not job.status.over and job.id not in running:
-                        running[job.id] = group.create_task(self._run(job.id, complete=False, stay=True))
+                for job_id in jobs:
+                    if job_id not in running:
+                        running[job_id] = group.create_task(self._keep_running(job_id))
                 await asyncio.sleep(_LOOK_S * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
+
+    async def _keep_running(self, job_id: int) -> None:
+        """Run a job, and again after whatever has broken its runner: the other jobs go on meanwhile."""
+        failures = 0
+        while True:
+            try:
+                await self._run(job_id, complete=False, stay=True)
+            except Exception as error:  # noqa: BLE001 - it is told, and the same is tried again
+                pause_s = _BROKEN_S[min(failures, len(_BROKEN_S) - 1)] * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
+                failures += 1
+                # What is wrong with a record or a topology is said by its message; the rest is not expected here.
+                told = str(error) if isinstance(error, InvalidTopology) else "".join(traceback.format_exception(error))
+                _log.error("job %d has broken off and is tried again in %.0f s: %s", job_id, pause_s, told)
+                await asyncio.sleep(pause_s)
+            else:
+                return
 
     async def _run(self, job_id: int, *, complete: bool, stay: bool) -> Job:
         failures = 0
@@ -165,6 +193,16 @@ class Resharder:
 
     async def _drive(self, job_id: int, lease: Lease, *, complete: bool, stay: bool) -> Job:
         store = JobStore(self._catalog)
+        try:
+            return await self._drive_held(job_id, store, lease, complete=complete, stay=stay)
+        except (CatalogUnavailable, Superseded):
+            raise
+        except Exception as error:
+            if stay:  # else the caller hears of it
+                await asyncio.to_thread(_note, job_id, store, lease, error)
+            raise
+
+    async def _drive_held(self, job_id: int, store: JobStore, lease: Lease, *, complete: bool, stay: bool) -> Job:
         job = await asyncio.to_thread(store.load, job_id)  # as it is now that nobody else writes it
         topology = await asyncio.to_thread(self._catalog.load)
         world = Servers(

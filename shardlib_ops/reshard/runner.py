@@ -28,6 +28,7 @@ from shardlib_ops.reshard.world import Blocked, Failure, Flow, Lost, Superseded,
 __all__ = ["JobRunner"]
 
 _BACK_OFF_S: Final = (0.1, 0.3, 1.0, 3.0)
+_NOT_UNDONE_S: Final = (3.0, 10.0, 30.0)
 _LOOK_S: Final = 0.25
 _SWEEP_S: Final = 5.0
 _ROUNDS_MAX: Final = 5
@@ -67,6 +68,7 @@ class JobRunner:
         self._complete, self._stay, self._told = complete, stay, step
         self._saving = asyncio.Lock()
         self._streams_broke = False
+        self._not_undone = 0  # times in a row that undoing the job has not begun
         world.waits = self._note
 
     async def go(self) -> Job:
@@ -133,9 +135,13 @@ class JobRunner:
                 await self._note(reason)
             else:
                 await self._undo(Status.FAILED, reason, announced=state is not None)
-        except (Lost, Blocked, TimeoutError) as error:
-            await self._note(f"{reason}; and {error}")
-            await self.world.sleep(_BACK_OFF_S[-1])
+            self._not_undone = 0
+        except (Failure, Lost, Blocked, TimeoutError) as error:
+            also = str(error) or "a step took too long"
+            await self._note(reason if also == reason else f"{reason}; and {also}")
+            pause_s = _NOT_UNDONE_S[min(self._not_undone, len(_NOT_UNDONE_S) - 1)]
+            self._not_undone += 1
+            await self.world.sleep(pause_s * (0.5 + self.world.jitter()))
 
     async def _undo(self, outcome: Status, reason: str | None, *, announced: bool) -> None:
         """Go back, when it is certain that no swap of an earlier attempt can still switch the ranges."""

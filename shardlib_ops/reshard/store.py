@@ -34,7 +34,7 @@ class JobStore:
         """A job.
 
         Raises:
-            InvalidTopology: there is none with this id.
+            InvalidTopology: there is none with this id, or its record cannot be read.
             CatalogUnavailable: no answer.
         """
         found = self._catalog.read_document(_job(job_id))
@@ -47,10 +47,20 @@ class JobStore:
         """Every job, oldest first.
 
         Raises:
+            InvalidTopology: a record cannot be read.
             CatalogUnavailable: no answer.
         """
         jobs = [decode_job(found.data) for found in self._catalog.list_documents("jobs/").values()]
         return sorted(jobs, key=lambda job: job.id)
+
+    def open(self) -> list[int]:
+        """The ids of the jobs that are not over, oldest first; those whose record cannot be read are among them.
+
+        Raises:
+            CatalogUnavailable: no answer.
+        """
+        found = self._catalog.list_documents("jobs/")
+        return sorted(int(name.rpartition("/")[2]) for name, one in found.items() if _open(one.data))
 
     def create(self, job: Job) -> Job:
         """Store a new job under the next free id; its own `id` does not count.
@@ -145,6 +155,13 @@ class JobStore:
                 continue
             return
         raise last or Conflict(None, None)
+
+
+def _open(record: bytes) -> bool:
+    try:
+        return not decode_job(record).status.over
+    except InvalidTopology:
+        return True
 
 
 def _job(job_id: int) -> str:
