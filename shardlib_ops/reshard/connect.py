@@ -12,7 +12,7 @@ from psycopg import errors as pg
 from shardlib.dsn import Dsn, scrub
 from shardlib.errors import ShardUnavailable
 
-__all__ = ["SETTINGS", "Runner", "connect", "connect_blocking", "is_lost", "is_superseded"]
+__all__ = ["SETTINGS", "Runner", "connect", "connect_blocking", "is_lost", "is_passing", "is_superseded"]
 
 SETTINGS: Final = {
     # A value has one text on every server of a cluster: rows travel and are compared as text.
@@ -143,6 +143,12 @@ def is_lost(error: BaseException) -> bool:
         return isinstance(error, psycopg.OperationalError)
     # A server that is read-only is a standby, or was fenced off: the primary is another one, or will be.
     return state.startswith(("08", "57P", "53")) or isinstance(error, pg.QueryCanceled | pg.ReadOnlySqlTransaction)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether a statement failed since another session was in its way, so that it may succeed when that has ended."""
+    # Not the class 55 as a whole: what a server is not set up for (55000) does not pass.
+    return isinstance(error, pg.LockNotAvailable | pg.DeadlockDetected | pg.SerializationFailure | pg.ObjectInUse)
 
 
 def is_superseded(error: BaseException) -> bool:

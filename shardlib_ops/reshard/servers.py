@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Final, NoReturn, TypeVar
 
 from psycopg import AsyncConnection
+from psycopg import errors as pg
 
 from shardlib.catalog import Catalog, Conflict, Lease
 from shardlib.errors import CatalogUnavailable
@@ -309,7 +310,13 @@ class Servers:
 
     async def _snapshot(self, leg: Leg, name: str, *, temporary: bool) -> ExportedSnapshot:
         async with self._sides[leg.source].naming(f"slot {name!r}", who_blocks):
-            return await export_snapshot(self.link(leg), slot=name, temporary=temporary, timeout_s=_SNAPSHOT_S)
+            try:
+                return await export_snapshot(self.link(leg), slot=name, temporary=temporary, timeout_s=_SNAPSHOT_S)
+            except pg.DuplicateObject as error:
+                if not temporary:
+                    raise
+                # The session of the snapshot before has not ended yet at the server, and the slot goes with it.
+                raise Blocked(f"a session that ends holds slot {name!r} still") from error
 
     def _export(self, leg: Leg) -> Callable[[], AbstractAsyncContextManager[ExportedSnapshot]]:
         @asynccontextmanager

@@ -19,7 +19,7 @@ from shardlib.fence.gate import OPEN_GATES, Closing, close_gate, install, list_g
 from shardlib.ring import TokenRange
 from shardlib.topology import Shard, Table
 from shardlib_ops.reshard.cleanup import retire
-from shardlib_ops.reshard.connect import Runner, connect, connect_blocking, is_lost, is_superseded
+from shardlib_ops.reshard.connect import Runner, connect, connect_blocking, is_lost, is_passing, is_superseded
 from shardlib_ops.reshard.control import claim, claimed, create_keys, keys_table, publication, slot
 from shardlib_ops.reshard.guard import (
     ForeignWriter,
@@ -50,7 +50,7 @@ _NAMED_AGAIN_S: Final = 5.0
 def translated(
     call: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
-    """A verb whose errors are those of `world`: `Superseded`, `Lost`, or `Failure` for what will not pass by itself."""
+    """A verb whose errors are those of `world`: `Failure` is left for what will not pass by itself."""
 
     @wraps(call)
     async def run(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -61,8 +61,8 @@ def translated(
         except (psycopg.Error, ShardlibError, OSError) as error:
             if is_superseded(error):
                 raise Superseded(str(error).partition("\n")[0]) from error
-            if isinstance(error, SlotBlocked):
-                raise Blocked(str(error)) from error
+            if isinstance(error, SlotBlocked) or is_passing(error):
+                raise Blocked(scrub(str(error).strip())) from error
             if (altered := _altered(error)) is not None:
                 # Waited for: it can be undone, and the operator may cancel; what is copied is not thrown away for it.
                 raise Blocked(altered) from error

@@ -21,7 +21,7 @@ from shardlib_ops.reshard.connect import Runner, connect, is_superseded
 from shardlib_ops.reshard.job import Job, Kind, legs_of
 from shardlib_ops.reshard.servers import Servers
 from shardlib_ops.reshard.store import JobStore
-from shardlib_ops.reshard.world import Lost, Superseded
+from shardlib_ops.reshard.world import Blocked, Lost, Superseded
 from tests.support.models import Base
 
 _jobs = itertools.count(701)
@@ -182,3 +182,20 @@ async def test_a_later_runner_is_not_ended_by_an_earlier_one(
             await side.claim()
         await conn.execute(control.claimed(later))
     await look.execute("DELETE FROM shardlib.job WHERE id = %s", (job,))
+
+
+async def test_a_comparison_waits_for_the_session_that_holds_the_slot_of_the_one_before(
+    world: Servers, look: AsyncConnection[tuple[object, ...]]
+) -> None:
+    await world.anew()
+    await world.side("s1").claim()
+    leg = legs_of([("s1", "s2", world.side("s1").ranges)])[0]
+    name = f"{world.link(leg).slot}_cmp"
+    await look.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput', true)", (name,))
+    export = world._export(leg)
+    with pytest.raises(Blocked, match=name):
+        async with export():
+            pass
+    await look.execute("SELECT pg_drop_replication_slot(%s)", (name,))
+    async with export() as snapshot:
+        assert snapshot.slot == name

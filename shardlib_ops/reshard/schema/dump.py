@@ -15,6 +15,7 @@ from psycopg.pq import Conninfo
 
 from shardlib.dsn import scrub
 from shardlib.topology import Shard
+from shardlib_ops.reshard.connect import is_passing
 from shardlib_ops.reshard.program import Program, find_pg_dump, run
 from shardlib_ops.reshard.world import Blocked, Failure, Lost
 
@@ -180,8 +181,8 @@ def explained(error: psycopg.Error, shard: Shard, entry: Entry) -> Exception:
     state = error.sqlstate or ""
     if not state or state.startswith(("08", "57", "53", "SL")):
         return error
-    if state.startswith(("55P", "40")):
-        return Blocked(f"shard {shard.name!r} cannot make {entry} now: {error.diag.message_primary}")
+    if is_passing(error):
+        return Blocked(f"shard {shard.name!r} cannot make {entry} now: {error.diag.message_primary or error}")
     return Failure(
         f"shard {shard.name!r} refuses {entry}: {scrub(str(error).strip(), shard.primary.reveal())}; {_way_out(state)}"
     )
