@@ -97,7 +97,8 @@ class Promoter:
         """From the record, just stored, to its end; or back, when anything stands in the way before the swap.
 
         Raises:
-            InvalidTopology: something stood in the way, and everything is as before; or another manager took over.
+            InvalidTopology: something stood in the way, and everything is as before; or another manager took over; or
+                the replica is promoted and somebody holds a gate there: `resume` later.
             ShardUnavailable, CatalogUnavailable: somebody does not answer, also for taking it back; `resume` later.
         """
         try:
@@ -115,13 +116,16 @@ class Promoter:
             raise InvalidTopology(
                 f"shard {self.record.name!r} was not promoted, and is as before: {reason}", "mend it, and try again"
             ) from error
-        return await self._forward()
+        try:
+            return await self._forward()
+        except (psycopg.Error, Blocked, TimeoutError, OSError) as error:
+            raise _left_open(error, self.record) from error
 
     async def resume(self, reason: str = "the manager that began it is gone") -> Promotion:
         """Bring a promotion to its end that was left open: forward if it can be, else back.
 
         Raises:
-            InvalidTopology: another manager has taken it over.
+            InvalidTopology: another manager has taken it over; or somebody holds a gate of the replica: it stays open.
             ShardUnavailable, CatalogUnavailable: who has to be asked does not answer; it stays open.
         """
         try:
@@ -130,14 +134,12 @@ class Promoter:
                 await self._claim_new()
                 return await self._forward()
             await self._claim_old()
-            if self.record.stage is Stage.PROMOTING and await self._was_promoted():
+            if self.record.stage is Stage.PROMOTING and not self.record.given_up and await self._was_promoted():
                 await self._claim_new()
                 return await self._forward()
             return await self._back(reason)
-        except psycopg.Error as error:
-            if is_superseded(error):
-                raise _superseded(self.record) from None
-            raise ShardUnavailable(self.record.name, _reason(error, self.record)) from None
+        except (psycopg.Error, Blocked, TimeoutError, OSError) as error:
+            raise _left_open(error, self.record) from error
 
     # -- before the swap ------------------------------------------------------------------------------------------
 
@@ -198,23 +200,36 @@ class Promoter:
         """Whether the replica takes writes: certain, once it has replayed that this manager has the shard.
 
         What an earlier manager may still ask of it is refused from then on; a request that arrived before shows in
-        the second look, since a replica looks for one before it waits for more.
+        the second look, since a replica looks for one before it waits for more. A replica that does not answer is
+        given up for good: whoever comes later must not go forward when the old primary may have served again.
+
+        Raises:
+            TimeoutError: it answers and does not replay, so that it may be promoted yet.
         """
-        try:
-            for _ in range(2):
-                lsn = await self._old.marked()
+        promoted = False
+        for _ in range(2):
+            lsn = await self._old.marked()
 
-                async def decided(lsn: str = lsn) -> bool:
-                    return not await self._new.in_recovery() or await self._new.replayed(lsn, 0.01)
+            async def decided(lsn: str = lsn) -> bool:
+                nonlocal promoted
+                replayed = await self._new.replayed(lsn, 0.01)
+                promoted = not await self._new.in_recovery()
+                return promoted or replayed
 
-                if not await until(decided, _PROBE_S) or not await self._new.in_recovery():
-                    break
-            return not await self._new.in_recovery()
-        except (psycopg.Error, ShardUnavailable) as error:
-            if is_superseded(error):
-                raise
-            _log.warning("replica %s does not answer, and is given up: %s", _at(self.record.new), error)
-            return False
+            try:
+                known = await until(decided, _PROBE_S)
+            except (psycopg.Error, ShardUnavailable) as error:
+                _log.warning("replica %s does not answer, and is given up: %s", _at(self.record.new), error)
+                await self._save(given_up=True)
+                return False
+            if not known:
+                raise TimeoutError(
+                    f"replica {_at(self.record.new)} has not replayed {lsn} within {_PROBE_S:g} s, so that it may be "
+                    "promoted yet: let it replay, or stop it, which gives it up"
+                )
+            if promoted:
+                return True
+        return False
 
     # -- back -----------------------------------------------------------------------------------------------------
 
@@ -245,6 +260,8 @@ class Promoter:
         return self.record
 
     async def _is_replica_still(self) -> bool:
+        if self.record.given_up:
+            return False
         try:
             return await self._new.in_recovery()
         except (psycopg.Error, ShardUnavailable):
@@ -393,6 +410,16 @@ def _superseded(record: Promotion) -> InvalidTopology:
         f"the promotion of shard {record.name!r} is no longer this manager's: it was away for too long",
         "another one may have taken it over: `shard show`, and `shard promote --resume` if it is still open",
     )
+
+
+def _left_open(error: BaseException, record: Promotion) -> ShardlibError:
+    """What the operator is told of an error that leaves the promotion open."""
+    if isinstance(error, psycopg.Error) and is_superseded(error):
+        return _superseded(record)
+    reason, way_out = _reason(error, record), f"`shard promote {record.name} --resume`, or `resume_promotion`"
+    if isinstance(error, Blocked):
+        return InvalidTopology(f"the promotion of shard {record.name!r} is still open: {reason}", way_out)
+    return ShardUnavailable(record.name, f"{reason}; the promotion is still open: {way_out}")
 
 
 def _reason(error: BaseException, record: Promotion) -> str:

@@ -47,6 +47,7 @@ class Promotion(msgspec.Struct, frozen=True, kw_only=True):
         slots: replication slots that were made on the new primary for the others.
         synchronous: `synchronous_standby_names` that the new primary is to get; empty for none.
         stage: how far it is.
+        given_up: the new primary did not answer when it was to be told whether it was promoted: only back is left.
         lsn: WAL position of the old primary that the new one had replayed; None before that.
         started_at: UTC, ISO 8601.
         ended_at: the same; None while it is open.
@@ -65,6 +66,7 @@ class Promotion(msgspec.Struct, frozen=True, kw_only=True):
     slots: tuple[str, ...] = ()
     synchronous: str = ""
     stage: Stage = Stage.PREPARED
+    given_up: bool = False
     lsn: str | None = None
     started_at: str = ""
     ended_at: str | None = None

@@ -1,0 +1,109 @@
+"""A promotion that cannot be brought to its end now stays open, says so, and never leaves two primaries."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import psycopg
+import pytest
+
+from shardlib.errors import InvalidTopology, ShardUnavailable
+from shardlib.fence.gate import open_gate
+from shardlib_ops import LocalCluster
+from shardlib_ops.local import LocalServer
+from shardlib_ops.manager.manager import Manager
+from shardlib_ops.manager.promote import Promotion, Stage
+from tests.support.promote_runner import die_at
+
+pytestmark = pytest.mark.timeout(120)
+
+SHARD = "shard-01"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(shards=1, replicas=1) as made:
+        yield made
+
+
+@pytest.fixture
+async def manager(cluster: LocalCluster) -> AsyncIterator[Manager]:
+    async with Manager(cluster.url) as made:
+        yield made
+
+
+async def resumed(manager: Manager, cluster: LocalCluster) -> Promotion:
+    """Resume as soon as the lease of the dead manager has ended."""
+    async with asyncio.timeout(40):
+        while True:
+            try:
+                return await manager.resume_promotion(SHARD, rejoin=cluster.rejoin)
+            except InvalidTopology as error:
+                if "another manager is at work" not in str(error):
+                    raise
+
+
+def gates(server: LocalServer) -> set[int]:
+    with server.connect() as conn:
+        rows = conn.execute(
+            "SELECT substring(relname FROM 6)::int FROM pg_class"
+            " WHERE relnamespace = 'shardlib'::regnamespace AND relname ~ '^gate_[0-9]+$'"
+        ).fetchall()
+    return {number for (number,) in rows}
+
+
+async def test_a_replica_that_may_be_promoted_yet_keeps_the_old_primary_closed(
+    manager: Manager, cluster: LocalCluster
+) -> None:
+    old, new = cluster.primary(SHARD), cluster.replicas(SHARD)[0]
+    await asyncio.to_thread(die_at, cluster.url, SHARD, "promoting")
+    with new.connect() as there:
+        there.execute("SELECT pg_wal_replay_pause()")
+        try:
+            with pytest.raises(ShardUnavailable, match=r"may be promoted yet.*is still open.*--resume"):
+                await resumed(manager, cluster)
+            assert gates(old) == set()
+            record = await manager.get_promotion(SHARD)
+            assert record is not None
+            assert record.stage is Stage.PROMOTING
+        finally:
+            there.execute("SELECT pg_wal_replay_resume()")
+    assert (await resumed(manager, cluster)).stage is Stage.UNDONE
+    topology = await manager.topology()
+    assert gates(old) == set(topology.gates_of("s1"))
+    assert [replica.port for replica in topology.shard(SHARD).replicas] == [str(new.port)]
+
+
+async def test_a_replica_that_was_given_up_stays_so_when_it_is_back(manager: Manager, cluster: LocalCluster) -> None:
+    old, new = cluster.primary(SHARD), cluster.replicas(SHARD)[0]
+    await asyncio.to_thread(die_at, cluster.url, SHARD, "promoting")
+    new.stop()
+    try:
+        record = await resumed(manager, cluster)
+    finally:
+        new.start()
+    assert (record.stage, record.given_up) == (Stage.UNDONE, True)
+    shard = await manager.get_shard(SHARD)
+    assert (shard.primary.port, shard.replicas) == (str(old.port), ())
+    assert [replica.port for replica in (await manager.add_replica(SHARD, new.dsn)).replicas] == [str(new.port)]
+
+
+async def test_what_stops_a_promotion_after_the_replica_was_promoted_is_told(
+    manager: Manager, cluster: LocalCluster
+) -> None:
+    new = cluster.replicas(SHARD)[0]
+    stale = (await manager.topology()).next_gate + 1000
+    with psycopg.connect(new.dsn, autocommit=True) as holder:
+
+        async def told(step: str) -> None:
+            if step == "promoted":
+                await asyncio.to_thread(open_gate, holder, stale)
+                holder.execute(f"BEGIN; LOCK TABLE shardlib.gate_{stale} IN ACCESS SHARE MODE")
+
+        with pytest.raises(InvalidTopology, match=r"is still open: transactions hold a gate.*--resume"):
+            await manager.promote_replica(SHARD, on_step=told)
+        holder.execute("ROLLBACK")
+    assert (await resumed(manager, cluster)).stage is Stage.DONE
+    shard = await manager.get_shard(SHARD)
+    assert (shard.primary.port, len(shard.replicas)) == (str(new.port), 1)
