@@ -11,6 +11,7 @@ from typing import Literal, overload
 from shardlib.errors import InvalidArgument, InvalidTopology
 from shardlib.key.encode import encode_key
 from shardlib.token import hash_of
+from shardlib.topology import Shard
 from shardlib_ops.manager.base import refuse_busy, refuse_faults, refuse_promoting
 from shardlib_ops.manager.shards import Shards
 from shardlib_ops.manager.targets import Parties, Target, with_targets
@@ -203,9 +204,26 @@ class Planning(Shards):
         refuse_faults(await check_job(await self.topology(), job))
         job = await asyncio.to_thread(self._jobs.create, job)
         try:
-            # Whoever promotes looks for jobs after the promotion is stored: one of the two sees the other.
-            refuse_promoting(await asyncio.to_thread(self._promotions.open), shards)
+            await self._refuse_overtaken(job, shards)
         except InvalidTopology:
             await asyncio.to_thread(self._jobs.ask, job.id, Wish.CANCEL)
             raise
         return job
+
+    async def _refuse_overtaken(self, job: Job, shards: Sequence[Shard]) -> None:
+        """What was looked at before the job was stored is still so.
+
+        Whoever stores a job or a promotion looks for the others after it: one of the two sees the other. A job is
+        stored under the number after the last, so of two jobs the later one sees the earlier, and is withdrawn.
+        """
+        earlier = [other for other in await asyncio.to_thread(self._jobs.all) if other.id < job.id]
+        topology = await self.topology()
+        refuse_busy(earlier, shards, topology, moving=True)
+        refuse_promoting(await asyncio.to_thread(self._promotions.open), shards)
+        for leg in job.legs:
+            source, target = topology.shard_by_id(leg.source), topology.shard_by_id(leg.target)
+            if not all(topology.ring.owns(source.id, part) for part in leg.ranges):
+                raise InvalidTopology(
+                    f"ranges that shard {source.name!r} was to give to {target.name!r} were moved meanwhile",
+                    "try again",
+                )
