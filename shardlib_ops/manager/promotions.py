@@ -154,18 +154,23 @@ class Promotions(Base):
         """Tell the cluster of a replica, after it is seen to follow the shard's primary.
 
         Raises:
-            InvalidTopology: it is no replica of that primary, or a server of another shard.
+            InvalidTopology: it is no replica of that primary, or a server of another shard, or a promotion is open.
             ShardUnavailable: it does not answer.
         """
-        topology, replica = await self.topology(), Dsn(endpoint)
-        found = topology.shard(shard)
-        for other in topology.shards:
-            if any(same_server(replica, known) for known in (other.primary, *other.replicas)):
-                raise InvalidTopology(f"{replica} is a server of shard {other.name!r} already", "nothing is to be done")
-        try:
-            return (await add_replica(self._catalog, topology, found.id, replica)).shard(found.id)
-        except psycopg.Error as error:
-            raise ShardUnavailable(found.name, scrub(str(error).strip(), replica.reveal())) from None
+        replica = Dsn(endpoint)
+        found = (await self.topology()).shard(shard)
+        async with self._promoting(found) as lease:
+            await self._refuse_open(found)
+            topology = await self.topology()
+            for other in topology.shards:
+                if any(same_server(replica, known) for known in (other.primary, *other.replicas)):
+                    raise InvalidTopology(
+                        f"{replica} is a server of shard {other.name!r} already", "nothing is to be done"
+                    )
+            try:
+                return (await add_replica(self._catalog, topology, found.id, replica, lease=lease)).shard(found.id)
+            except psycopg.Error as error:
+                raise ShardUnavailable(found.name, scrub(str(error).strip(), replica.reveal())) from None
 
     async def remove_replica(self, shard: str, endpoint: str) -> Shard:
         """Take a replica off the cluster's list. The server is left as it is.

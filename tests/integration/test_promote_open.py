@@ -8,12 +8,14 @@ from collections.abc import AsyncIterator, Iterator
 import psycopg
 import pytest
 
+from shardlib.catalog import open_catalog
 from shardlib.errors import InvalidTopology, ShardUnavailable
 from shardlib.fence.gate import open_gate
 from shardlib_ops import LocalCluster
 from shardlib_ops.local import LocalServer
 from shardlib_ops.manager.manager import Manager
 from shardlib_ops.manager.promote import Promotion, Stage
+from shardlib_ops.manager.promote.record import PromotionStore
 from tests.support.promote_runner import die_at
 
 pytestmark = pytest.mark.timeout(120)
@@ -87,6 +89,26 @@ async def test_a_replica_that_was_given_up_stays_so_when_it_is_back(manager: Man
     shard = await manager.get_shard(SHARD)
     assert (shard.primary.port, shard.replicas) == (str(old.port), ())
     assert [replica.port for replica in (await manager.add_replica(SHARD, new.dsn)).replicas] == [str(new.port)]
+
+
+async def test_no_replica_is_added_while_a_promotion_is_open(manager: Manager, cluster: LocalCluster) -> None:
+    new = cluster.replicas(SHARD)[0]
+    await manager.remove_replica(SHARD, new.dsn)
+    catalog = open_catalog(cluster.url)
+    try:
+        with catalog.acquire("promote-s1", ttl_s=10, holder="another", wait_s=1) as lease:  # type: ignore[union-attr]
+            with pytest.raises(InvalidTopology, match="another manager is at work on the servers of shard"):
+                await manager.add_replica(SHARD, new.dsn)
+            record = await manager.get_promotion(SHARD)
+            assert record is not None
+            PromotionStore(catalog).save(record.changed(stage=Stage.CLOSING, given_up=False), lease)
+        with pytest.raises(InvalidTopology, match="a promotion of shard 'shard-01' is open"):
+            await manager.add_replica(SHARD, new.dsn)
+        assert (await manager.get_shard(SHARD)).replicas == ()
+    finally:
+        catalog.close()
+    assert (await resumed(manager, cluster)).stage is Stage.UNDONE
+    assert len((await manager.add_replica(SHARD, new.dsn)).replicas) == 1
 
 
 async def test_what_stops_a_promotion_after_the_replica_was_promoted_is_told(

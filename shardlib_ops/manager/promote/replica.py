@@ -19,18 +19,18 @@ __all__ = ["add_replica", "admit"]
 _STREAM_S: Final = 30.0
 
 
-async def add_replica(catalog: Catalog, topology: Topology, shard_id: str, replica: Dsn) -> Topology:
-    """See `Manager.add_replica`."""
+async def add_replica(catalog: Catalog, topology: Topology, shard_id: str, replica: Dsn, *, lease: Lease) -> Topology:
+    """See `Manager.add_replica`. The lease is that of the shard's servers."""
     shard, runner = topology.shard(shard_id), Runner(0, 0)
     primary, server = Node(shard.primary, shard.name, runner), Node(replica, shard.name, runner)
     try:
-        return await admit(catalog, primary, server, shard.id, lease=None)
+        return await admit(catalog, primary, server, shard.id, lease=lease)
     finally:
         await primary.close()
         await server.close()
 
 
-async def admit(catalog: Catalog, primary: Node, replica: Node, shard_id: str, *, lease: Lease | None) -> Topology:
+async def admit(catalog: Catalog, primary: Node, replica: Node, shard_id: str, *, lease: Lease) -> Topology:
     """Put a server into the topology as a replica, after it has replayed what the primary writes now.
 
     One that was fenced as an old primary may begin writing sessions again, should it ever be the primary.
