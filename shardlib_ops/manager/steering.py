@@ -45,7 +45,10 @@ class Steering(Base):
         return await self._ask(job_id, Wish.PAUSE, {status for status in Status if not status.over}, "it is over")
 
     async def resume(self, job_id: int) -> Job:
-        """Let a paused job go on.
+        """Let a paused job go on, with what was asked of it before the pause.
+
+        Of a job that is not paused it withdraws what was asked and has not happened: a rollback that is waiting for
+        its moment is tried no more, and both sides stay in step.
 
         Raises:
             InvalidTopology: no such job, or it is over.

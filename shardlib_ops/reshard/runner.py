@@ -306,8 +306,8 @@ class JobRunner:
                 if result.keys <= self.limits.changed_keys:
                     break
 
-    async def _attempts(self, cutover: Cutover) -> None:
-        """Until one attempt has switched.
+    async def _attempts(self, cutover: Cutover) -> bool:
+        """Until one attempt has switched; False if it was a rollback, and the operator has withdrawn it.
 
         Raises:
             Mismatch: the sides differ.
@@ -316,6 +316,8 @@ class JobRunner:
         pause_s = self.limits.pause_s
         while True:
             await self._pause()
+            if await self._withdrawn(cutover):
+                return False
             if (waiting := ready([flow.lag_bytes for flow in flows.values()], self.limits)) is not None:
                 await self._note(waiting)
                 await self.world.sleep(_LOOK_S * (0.5 + self.world.jitter()))
@@ -326,6 +328,8 @@ class JobRunner:
                     await self.world.advance_sequences(leg, "forward", ahead=_SEQUENCE_MARGIN)
             await self._wait_for_old_writers(cutover)
             await sweep(self.world, cutover.serving, budget_s=_SWEEP_S)
+            if await self._withdrawn(cutover):
+                return False
             number = self.job.attempts + 1
             if cutover.direction == "forward" and self.job.status is Status.DELTASYNC:
                 await self._to(Status.CUTOVER, attempts=number)
@@ -333,10 +337,13 @@ class JobRunner:
                 await self._save(self.job.changed(attempts=number))
             compared = self.job.compared if cutover.direction == "forward" else {}
             if await cutover.attempt(number, compared) is Outcome.SWITCHED:
-                return
+                return True
             await self._note(f"attempt {number} gave way: {cutover.waiting_for}")
             await self.world.sleep(pause_s * (0.5 + self.world.jitter()))
             pause_s = min(self.limits.pause_max_s, pause_s * 2)
+
+    async def _withdrawn(self, cutover: Cutover) -> bool:
+        return cutover.direction == "reverse" and await self.world.wish() not in (Wish.ROLLBACK, Wish.PAUSE)
 
     async def _wait_for_old_writers(self, cutover: Cutover) -> None:
         """While a transaction is older than an attempt may take, the ranges are not closed for it in vain.
@@ -383,11 +390,13 @@ class JobRunner:
                 wish = await self.world.wish()
                 if wish is Wish.ROLLBACK:
                     await sweep(self.world, self.job.targets, budget_s=_SWEEP_S)
-                    await self._attempts(
+                    if await self._attempts(
                         Cutover(self.world, self.job, "reverse", flows, self.limits, self._step, self.world.nonce)
-                    )
-                    await self._to(Status.CLEANUP, outcome=Status.ROLLED_BACK, error=None)
-                    return False
+                    ):
+                        await self._to(Status.CLEANUP, outcome=Status.ROLLED_BACK, error=None)
+                        return False
+                    await self._note(None)
+                    continue
                 if not checking.done():
                     await self.world.sleep(_LOOK_S)
                     continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from shardlib.catalog import Catalog, Conflict, Lease
+from shardlib.catalog import Catalog, Conflict, Document, Lease
 from shardlib.errors import InvalidTopology
 from shardlib_ops.reshard.job import Job, Wish, decode_job, encode_job
 from shardlib_ops.reshard.progress.model import JobProgress, decode_progress, encode_progress
@@ -134,10 +134,10 @@ class JobStore:
             CatalogUnavailable: no answer.
         """
         found = self._catalog.read_document(_wish(job_id))
-        return Wish.RUN if found is None else Wish(found.data.decode())
+        return _wishes(found)[0]
 
     def ask(self, job_id: int, wish: Wish) -> None:
-        """Ask something of a job. The last one asked counts.
+        """Ask something of a job. The last one asked counts; `run` after `pause` gives back what was asked before it.
 
         Raises:
             Conflict: others ask without end.
@@ -148,13 +148,30 @@ class JobStore:
             found = self._catalog.read_document(_wish(job_id))
             try:
                 self._catalog.write_document(
-                    _wish(job_id), wish.value.encode(), expected=None if found is None else found.revision
+                    _wish(job_id), _after(found, wish), expected=None if found is None else found.revision
                 )
             except Conflict as conflict:
                 last = conflict
                 continue
             return
         raise last or Conflict(None, None)
+
+
+def _wishes(found: Document | None) -> tuple[Wish, Wish]:
+    """What was asked last, and what is asked when a pause ends: `pause rollback` is stored as these two words."""
+    if found is None:
+        return Wish.RUN, Wish.RUN
+    last, _, then = found.data.decode().partition(" ")
+    return Wish(last), Wish(then) if then else Wish.RUN
+
+
+def _after(found: Document | None, wish: Wish) -> bytes:
+    last, then = _wishes(found)
+    if last is Wish.PAUSE and wish is Wish.RUN:
+        return then.value.encode()
+    if wish is not Wish.PAUSE:
+        return wish.value.encode()
+    return f"{wish.value} {then.value if last is Wish.PAUSE else last.value}".encode()
 
 
 def _open(record: bytes) -> bool:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
+import pytest
+
 from shardlib_ops.reshard.job import Status, Wish
-from shardlib_ops.reshard.world import Failure, Lost
+from shardlib_ops.reshard.world import Blocked, Failure, Lost
 from tests.sim.flow import FakeFlow
 from tests.sim.process import Process
 from tests.sim.schedule import Faults, Simulation, Strike
-from tests.sim.world import FakeWorld
+from tests.sim.world import FakeSide, FakeWorld
 
 
 class _Refused(FakeFlow):
@@ -39,6 +41,18 @@ class _RefusedWorld(FakeWorld):
 
 class _BrokenWorld(FakeWorld):
     flow_type = _Broken
+
+
+class _Lagging(FakeSide):
+    """A replica that lags keeps the ranges from being given back."""
+
+    async def replicated(self, *, timeout_s: float) -> None:
+        if self.world.sim.catalog.job.status is Status.VALIDATION:
+            raise Blocked("a replica lags")
+
+
+class _LaggingWorld(FakeWorld):
+    side_type = _Lagging
 
 
 def _asks(wish: Wish) -> Callable[[Simulation, Process], None]:
@@ -110,3 +124,13 @@ def test_a_pause_keeps_the_old_copies_past_the_retention() -> None:
     assert result.violations == []
     assert result.status is Status.COMPLETED
     assert paused == []
+
+
+@pytest.mark.parametrize("instead", [Wish.COMPLETE, Wish.RUN, Wish.CANCEL])
+def test_a_rollback_that_has_not_happened_can_be_withdrawn(instead: Wish) -> None:
+    faults = Faults(at_step={("status_validation", 1): _asks(Wish.ROLLBACK)}, wishes=[(15.0, instead)])
+    result = (sim := _simulation(faults, None, world_type=_LaggingWorld)).run()
+    assert result.violations == []
+    assert result.status is Status.COMPLETED
+    assert sim.catalog.job.attempts > 2
+    assert sim.catalog.job.error is None
