@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from shardlib.catalog import open_catalog
 from shardlib.errors import InvalidTopology, ShardUnavailable
@@ -16,6 +17,7 @@ from shardlib_ops.local import LocalServer
 from shardlib_ops.manager.manager import Manager
 from shardlib_ops.manager.promote import Promotion, Stage
 from shardlib_ops.manager.promote.record import PromotionStore
+from tests.support.eventually import eventually
 from tests.support.promote_runner import die_at
 
 pytestmark = pytest.mark.timeout(120)
@@ -109,6 +111,44 @@ async def test_no_replica_is_added_while_a_promotion_is_open(manager: Manager, c
         catalog.close()
     assert (await resumed(manager, cluster)).stage is Stage.UNDONE
     assert len((await manager.add_replica(SHARD, new.dsn)).replicas) == 1
+
+
+@pytest.mark.parametrize("by_sql", [False, True])
+async def test_an_undone_promotion_leaves_the_replica_its_synchronous_setting(
+    manager: Manager, cluster: LocalCluster, by_sql: bool
+) -> None:
+    old, new = cluster.primary(SHARD), cluster.replicas(SHARD)[0]
+    with old.connect() as here, new.connect() as there:
+        here.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        here.execute("SELECT pg_reload_conf()")
+        # It names the replica itself, as after a failover: this value must go while it is made the primary.
+        own = there.execute("SHOW cluster_name").fetchone()
+        assert own is not None
+        names = f'FIRST 1 ("{own[0]}")' if own[0] else ""
+        if by_sql:
+            assert names
+            there.execute(sql.SQL("ALTER SYSTEM SET synchronous_standby_names = {}").format(names))
+            there.execute("SELECT pg_reload_conf()")
+        settings = (
+            "SELECT setting, sourcefile LIKE '%/postgresql.auto.conf' FROM pg_settings"
+            " WHERE name = 'synchronous_standby_names'"
+        )
+        expected = [(names, True)] if by_sql else [("", None)]
+        eventually(lambda: there.execute(settings).fetchall() == expected, within_s=10)
+
+        async def told(step: str) -> None:
+            if step == "cascaded":
+                assert there.execute("SHOW synchronous_standby_names").fetchone() == ("",)
+                raise InvalidTopology("not today", "tomorrow")
+
+        try:
+            with pytest.raises(InvalidTopology, match="was not promoted, and is as before: not today"):
+                await manager.promote_replica(SHARD, on_step=told)
+            eventually(lambda: there.execute(settings).fetchall() == expected, within_s=10)
+        finally:
+            for conn in (here, there):
+                conn.execute("ALTER SYSTEM RESET synchronous_standby_names")
+                conn.execute("SELECT pg_reload_conf()")
 
 
 async def test_what_stops_a_promotion_after_the_replica_was_promoted_is_told(

@@ -150,6 +150,8 @@ class Promoter:
         await self._new.ready()
         if self.record.synchronous:
             # What it may have kept from the time when it was the primary: it must not wait for itself.
+            own, by_sql = await self._new.setting("synchronous_standby_names")
+            await self._save(own=own, own_by_sql=by_sql)
             await self._new.set("synchronous_standby_names", "", shows="")
         for node, slot in zip(self._others, self.record.slots, strict=True):
             await repoint(node, self._new, host=self.record.new.host, port=self.record.new.port, slot=slot)
@@ -249,6 +251,7 @@ class Promoter:
             await repoint(node, self._old, host=upstream.host, port=upstream.port, slot=slot)
         if await self._is_replica_still():
             await drop_slots(self._new, record.slots)
+            reason += await self._give_back_own()
         else:
             # Whatever it is now, it is no copy of the primary any more that anybody may read or promote.
             await self._publish(lambda now: without_replica(now, record.shard, record.new, nonce=uuid4().hex))
@@ -258,6 +261,18 @@ class Promoter:
         await self._save(stage=Stage.UNDONE, ended_at=_now(), error=reason)
         await self._step("undone")
         return self.record
+
+    async def _give_back_own(self) -> str:
+        """The replica has the synchronous setting that it had; or what is left to do, for the reason."""
+        own = self.record.own
+        if own is None:
+            return ""
+        try:
+            await self._new.set("synchronous_standby_names", own if self.record.own_by_sql else None, shows=own)
+        except (psycopg.Error, ShardUnavailable, TimeoutError) as error:
+            _log.warning("replica %s: %s", _at(self.record.new), _reason(error, self.record))
+            return f"; set synchronous_standby_names = '{own}' on {_at(self.record.new)} again, which it had"
+        return ""
 
     async def _is_replica_still(self) -> bool:
         if self.record.given_up:

@@ -46,6 +46,8 @@ class Promotion(msgspec.Struct, frozen=True, kw_only=True):
         back: gate numbers that are kept for the old one, if it comes to nothing.
         slots: replication slots that were made on the new primary for the others.
         synchronous: `synchronous_standby_names` that the new primary is to get; empty for none.
+        own: `synchronous_standby_names` that the new primary had as a replica; None if that is left as it is.
+        own_by_sql: whether `ALTER SYSTEM` had set that, and not a file of the operator's.
         stage: how far it is.
         given_up: the new primary did not answer when it was to be told whether it was promoted: only back is left.
         lsn: WAL position of the old primary that the new one had replayed; None before that.
@@ -65,6 +67,8 @@ class Promotion(msgspec.Struct, frozen=True, kw_only=True):
     back: tuple[int, ...] = ()
     slots: tuple[str, ...] = ()
     synchronous: str = ""
+    own: str | None = None
+    own_by_sql: bool = True
     stage: Stage = Stage.PREPARED
     given_up: bool = False
     lsn: str | None = None

@@ -136,6 +136,15 @@ class Node:
         if not await until(lambda: self._shows(name, shows), _RELOAD_S):
             raise TimeoutError(f"{self.dsn} does not take {name} up within {_RELOAD_S:g} s")
 
+    async def setting(self, name: str) -> tuple[str, bool]:
+        """The value of a setting, and whether `ALTER SYSTEM` has set it, as far as that can be told."""
+        rows = await self.rows(
+            "SELECT reset_val, CASE WHEN source = 'default' THEN false"
+            " ELSE coalesce(sourcefile LIKE '%%/postgresql.auto.conf', true) END FROM pg_settings WHERE name = %s",
+            name,
+        )
+        return str(rows[0][0]), bool(rows[0][1])
+
     async def _shows(self, name: str, wanted: str) -> bool:
         conn = await connect(self.dsn, shard=self._shard, application=self._runner.application("look"))
         async with conn:
