@@ -412,8 +412,9 @@ class ShardedEngine:
             InvalidTopology: the cluster has recorded a table with another key.
             ShardUnavailable: a shard is not reachable; the others may have their tables already: run it again.
             LockTimeout: transactions that use the tables did not end within 10 seconds; the message names them.
-            UnsupportedOperation: a job is moving rows. If it began meanwhile, the tables are there and not recorded:
-                run it again when the job is over.
+            UnsupportedOperation: a job is moving rows, and a table is new to the cluster; with tables that it knows,
+                nothing is done then. If the job began meanwhile, the tables are there and not recorded: run it again
+                when it is over.
             CatalogUnavailable: it does not answer in time; the tables may be there already: run it again.
         """
         check(CALLS, {"app_roles": app_roles})

@@ -50,8 +50,12 @@ class SchemaChange:
     def create_all(self, metadata: MetaData, *, app_roles: Sequence[str], checkfirst: bool) -> None:
         """See `ShardedEngine.create_all`."""
         tables = records(metadata)
-        topology = self._at_rest()
-        record_tables(topology, tables, nonce="")  # refuses a changed key before anything is created
+        topology = self._cache.newest()
+        # Refuses a changed key before anything is created.
+        known = record_tables(topology, tables, nonce="") is topology
+        if known and topology.moves:
+            return  # an application that starts while rows move: its tables are those that the job moves
+        _refuse_while_moving(topology, "made or dropped")
 
         def on(shard: Shard) -> None:
             self._prepare(topology, shard, app_roles)

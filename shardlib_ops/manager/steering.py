@@ -61,7 +61,7 @@ class Steering(Base):
         Raises:
             InvalidTopology: no such job, it is over, or it has switched.
         """
-        way_out = "it has switched already: `rollback` takes it back, `complete` ends it"
+        way_out = "it has switched already: in `validation` `rollback` takes it back and `complete` ends it"
         return await self._ask(job_id, Wish.CANCEL, _BEFORE, way_out)
 
     async def rollback(self, job_id: int) -> Job:
@@ -77,8 +77,15 @@ class Steering(Base):
         """End the window in which a switched job can be rolled back: the old copies are deleted.
 
         Raises:
-            InvalidTopology: no such job, or it has not switched.
+            InvalidTopology: no such job, it has not switched, or it was asked to roll back.
         """
+        job = await self.get_job(job_id)
+        asked = await asyncio.to_thread(self._jobs.wish, job.id)
+        if job.status is Status.VALIDATION and asked is Wish.ROLLBACK:
+            raise InvalidTopology(
+                f"job {job.id} was asked to roll back, and completing it would delete what it would go back to",
+                "`resume` withdraws the rollback; then complete it",
+            )
         return await self._ask(
             job_id, Wish.COMPLETE, {Status.VALIDATION}, "only a job in `validation` can be completed"
         )

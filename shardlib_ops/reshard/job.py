@@ -176,7 +176,7 @@ class Job(msgspec.Struct, frozen=True):
             raise InvalidTopology(
                 f"job {self.id} is {self.status.value!r} and cannot become {status.value!r}", "load it again"
             )
-        return self.changed(status=status, **changes)
+        return self.changed(status=status, **{"paused": False, **changes})
 
     def changed(self, **changes: Any) -> Job:
         """The job with these fields replaced."""

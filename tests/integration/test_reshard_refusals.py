@@ -189,6 +189,10 @@ async def test_cancelling_after_the_switch_and_rolling_back_after_the_cleanup_be
     job = await hall.moved()
     async with hall.refused("'validation'", "rollback"):
         await hall.manager.cancel(job.id)
+    await hall.manager.rollback(job.id)
+    async with hall.refused("roll back", "`resume`"):
+        await hall.manager.complete(job.id)
+    await hall.manager.resume(job.id)
     await hall.manager.complete(job.id)
     late: list[str] = []
 

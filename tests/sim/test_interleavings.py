@@ -172,6 +172,26 @@ def test_the_ranges_are_given_back_when_the_new_gates_cannot_be_opened(scenario:
     assert given_way[0] - failed[0] < 10.0
 
 
+def test_a_comparison_that_takes_long_holds_the_ranges_no_longer_than_an_attempt_may() -> None:
+    """The keys that changed lately have very many rows: the ranges are open again within the budget."""
+    began: list[float] = []
+    given_way: list[float] = []
+
+    class Slow(FakeWorld):
+        async def compare_closed(self, leg: Any, *, since: str) -> int:
+            if not began:
+                began.append(self.sim.loop.time())
+                await asyncio.sleep(3600.0)
+            return await super().compare_closed(leg, since=since)
+
+    def look(sim: Simulation, _: Process) -> None:
+        given_way.append(sim.loop.time())
+
+    result = run("split", types={"world_type": Slow}, at_step=at("given_way", look), heal_s=60.0)
+    assert result.status is Status.COMPLETED
+    assert given_way[0] - began[0] < 3.0
+
+
 BEFORE_SWAP = {1: "gates_opened", 2: "handed_over"}
 """The last step before the swap: of the switch, and of the rollback, whose gates open after it."""
 

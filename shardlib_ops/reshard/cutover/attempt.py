@@ -116,7 +116,7 @@ class Cutover:
             async with whole:
                 await self._close(topology, until)
                 await self._drain(number, until)
-                await self._compare(compared)
+                await self._compare(compared, until)
                 await self._hand_over(until)
                 if self.direction == "forward":
                     await self._open(topology, after)
@@ -189,12 +189,22 @@ class Cutover:
         await together([*(flow.heard(message, timeout_s=left_s) for flow in self.flows.values()), *replayed])
         await self.step("drained")
 
-    async def _compare(self, compared: Mapping[int, str]) -> None:
-        await together(
-            self.world.compare_closed(leg, since=compared[leg.number])
-            for leg in self.job.legs
-            if leg.number in compared
-        )
+    async def _compare(self, compared: Mapping[int, str], until: float) -> None:
+        limit = asyncio.timeout(max(0.05, until - self.world.now()))
+        try:
+            async with limit:
+                await together(
+                    self.world.compare_closed(leg, since=compared[leg.number])
+                    for leg in self.job.legs
+                    if leg.number in compared
+                )
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise Blocked(
+                f"the rows of the keys that changed lately were not compared within {self.limits.budget_s:g} s: keys "
+                "with very many rows need more, or a quieter time (Resharder(limits=Limits(budget_s=...)))"
+            ) from None
         await self.step("compared")
 
     async def _hand_over(self, until: float) -> None:

@@ -128,7 +128,7 @@ def entries(text: bytes) -> list[Entry]:
     """A plain dump taken apart. What stands before the first entry and after the last, for psql alone, is left out."""
     body = text[: text.rfind(_END)] if _END in text else text
     heads = list(_HEAD.finditer(body))
-    ends = [head.start() for head in heads[1:]] + [len(body)]
+    ends = [*(head.start() for head in heads[1:]), len(body)][: len(heads)]
     found = []
     for head, end in zip(heads, ends, strict=True):
         name, kind, schema = (part.decode() for part in head.groups())
