@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
@@ -158,7 +158,7 @@ def test_a_replica_lets_nobody_in_who_wants_the_primary(cluster: LocalCluster) -
             ports = {conn.execute("SELECT pg_is_in_recovery()").fetchone()[0]: conn.info.port for conn in (a, b)}  # type: ignore[index]
         assert str(ports[False]) == shard.primary.port
         for in_recovery, dsn in ((False, shard.primary), (True, shard.replicas[0])):
-            with FencedConnection.connect(dsn.conninfo()) as driver:
+            with closing(FencedConnection.connect(dsn.conninfo())) as driver:
                 if in_recovery:
                     with pytest.raises(GateClosed):
                         start(driver, (gate,))
