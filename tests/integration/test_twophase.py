@@ -42,6 +42,12 @@ def decisions(facade: Any) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def no_decisions_of_others(facade: Any) -> None:
+    """That a transaction was aborted is remembered for a while."""
+    decisions(facade)
+
+
 def test_without_it_a_second_shard_is_refused(facade: Any, keys: list[str]) -> None:
     ways = [
         lambda s: (add_all(s, keys), s.flush()),

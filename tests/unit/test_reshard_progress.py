@@ -14,7 +14,7 @@ from shardlib.dsn import Dsn
 from shardlib.errors import InvalidArgument, InvalidTopology
 from shardlib.ring import TokenRange, build_ring
 from shardlib.topology import Gate, Shard, Table, Topology
-from shardlib_ops.cli import progress, watch
+from shardlib_ops.cli import progress, render, watch
 from shardlib_ops.reshard.copy import Copied
 from shardlib_ops.reshard.job import Job, Kind, Status, Wish, legs_of
 from shardlib_ops.reshard.progress import JobProgress, StreamProgress, TableProgress, Tracker, Waiting, metrics_text
@@ -242,7 +242,7 @@ def test_lines_elsewhere_are_news_and_not_the_same_again(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(watch.time, "monotonic", lambda: now)
-    show = watch._plain_lines()
+    show = watch._plain_lines(render.console())
     show(JOB, Wish.RUN, copying())
     first = capsys.readouterr().out.splitlines()
     assert first == [
