@@ -474,8 +474,8 @@ async def test_a_slot_that_waits_names_whom_it_waits_for(make: Make, servers: Lo
 async def test_who_locks_a_table_is_waited_for_and_then_told(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = await make("CREATE TABLE locked (k text PRIMARY KEY)", ("locked", ("k",)))
     await pair.a.execute("INSERT INTO locked SELECT 'k' || i FROM generate_series(1, 100) i")
-    for module in ("keys", "transfer"):
-        monkeypatch.setattr(f"shardlib_ops.reshard.copy.{module}.LOCK_MS", 200)
+    for module in ("copy.keys", "copy.transfer", "reader"):
+        monkeypatch.setattr(f"shardlib_ops.reshard.{module}.LOCK_MS", 200)
     async with await pair.snapshot() as snapshot:
         async with pair.a.transaction():
             await pair.a.execute("LOCK TABLE locked IN ACCESS EXCLUSIVE MODE")
