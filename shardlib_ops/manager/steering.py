@@ -7,7 +7,7 @@ from typing import Final
 
 from shardlib.errors import InvalidArgument, InvalidTopology
 from shardlib_ops.manager.base import Base
-from shardlib_ops.reshard.job import Job, Status, Wish
+from shardlib_ops.reshard.job import WAY_BACK_LOST, Job, Status, Wish
 
 __all__ = ["Steering"]
 
@@ -77,11 +77,12 @@ class Steering(Base):
         """End the window in which a switched job can be rolled back: the old copies are deleted.
 
         Raises:
-            InvalidTopology: no such job, it has not switched, or it was asked to roll back.
+            InvalidTopology: no such job, it has not switched, or it was asked to roll back and can.
         """
         job = await self.get_job(job_id)
         asked = await asyncio.to_thread(self._jobs.wish, job.id)
-        if job.status is Status.VALIDATION and asked is Wish.ROLLBACK:
+        possible = job.status is Status.VALIDATION and WAY_BACK_LOST not in (job.error or "")
+        if possible and asked is Wish.ROLLBACK:
             raise InvalidTopology(
                 f"job {job.id} was asked to roll back, and completing it would delete what it would go back to",
                 "`resume` withdraws the rollback; then complete it",
