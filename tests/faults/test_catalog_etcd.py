@@ -15,7 +15,7 @@ from shardlib.catalog import Conflict, TopologyCache, open_catalog
 from shardlib.catalog.store import Deadline, Record
 from shardlib.catalog.stored import StoredCatalog
 from shardlib.catalog.watching import StopFlag
-from shardlib.errors import CatalogUnavailable, InvalidArgument, InvalidTopology
+from shardlib.errors import CatalogUnavailable, InvalidTopology
 from shardlib_ops import LocalCluster
 from tests.support.etcd_server import EtcdServer, etcd_server
 from tests.support.eventually import eventually
@@ -280,8 +280,9 @@ class TestUsers:
 
         reference = "env:ETCD_TEST_PASSWORD" if kind == "env" else f"file:{str(file).replace('/', '%2F')}"
         catalog = opened(f"etcd://root:{reference}@{guarded.endpoint}/shop")
-        with pytest.raises(InvalidArgument, match=r"no variable ETCD_TEST_PASSWORD|cannot be read"):
+        with pytest.raises(CatalogUnavailable, match=r"no variable ETCD_TEST_PASSWORD|cannot be read") as nowhere:
             catalog.version()
+        assert nowhere.value.final
         rotate(SECRET)
         assert catalog.version() is None
         guarded.ctl("--user", f"root:{SECRET}", "user", "passwd", "root", "--interactive=false", stdin="n3w-one")
