@@ -108,7 +108,6 @@ class Job(msgspec.Struct, frozen=True):
         legs: what moves; a shard is source or target, never both.
         status: how far it is.
         outcome: what it will be when `cleanup` is done.
-        schema_targets: ids of the targets whose tables the job made, so that undoing may drop them.
         created_at: UTC, ISO 8601; a label for people, no decision looks at it.
         started_at: when a runner first took it.
         completed_at: when it was over.
@@ -128,7 +127,6 @@ class Job(msgspec.Struct, frozen=True):
     legs: tuple[Leg, ...]
     status: Status = Status.PENDING
     outcome: Status | None = None
-    schema_targets: tuple[str, ...] = ()
     created_at: str = ""
     started_at: str | None = None
     completed_at: str | None = None
