@@ -90,7 +90,7 @@ async def test_a_statement_of_a_lost_connection_is_ended_before_the_runner_goes_
     await world.anew()
     await side.claim()
     assert await count(look, "SELECT count(*)::int FROM pg_stat_activity WHERE pid = %s", pid) == 0
-    await asyncio.sleep(2.2)
+    await asyncio.sleep(2.2)  # until it would have committed, had it lived on
     assert await count(look, "SELECT count(*)::int FROM shardlib.copied WHERE job = %s", job) == 0
 
 
