@@ -25,7 +25,7 @@ from shardlib_ops.reshard.resharder import Resharder
 from tests.support.eventually import eventually
 from tests.support.job_runner import run_and_die
 
-pytestmark = [pytest.mark.promise("P3"), pytest.mark.fault]
+pytestmark = [pytest.mark.promise("P3"), pytest.mark.fault, pytest.mark.timeout(240)]
 
 KEYS = [f"key-{number}" for number in range(40)]
 WRITERS = 4
@@ -94,18 +94,19 @@ def test_p3_killed_runner_and_killed_server_while_rows_move(rng: random.Random) 
                 session.commit()
         before = {key: engine.shard_for(key).id for key in KEYS}
         writers = Writers(engine)
-        with ThreadPoolExecutor(WRITERS) as threads:
+        with ThreadPoolExecutor(WRITERS + 1) as threads:
             futures = [threads.submit(writers.work, random.Random(rng.random())) for _ in range(WRITERS)]
             try:
                 writers.work_on()
                 job = asyncio.run(split(cluster.url))
                 run_and_die(cluster.url, job, rng.choice(["leg_copied", "gates_closed", "switched"]))
+                taken_over = threads.submit(asyncio.run, run(cluster.url, job))
                 for _ in range(3):
                     victim = rng.choice(cluster.servers)
                     victim.kill()
                     victim.start()
                     writers.work_on()
-                asyncio.run(run(cluster.url, job))
+                taken_over.result(120)
                 writers.work_on()
             finally:
                 writers.stop()
