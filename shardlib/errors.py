@@ -65,20 +65,34 @@ class RetryableError(ShardlibError):
     """The work did not come about, and running the whole of it again is safe.
 
     A transaction left nothing behind. What is done in steps, such as tables on one shard after the other or a change of
-    the topology, may have come a part of the way: the same again completes it. Two of these errors have a `final`; if
+    the topology, may have come a part of the way: the same again completes it. Three of these errors have a `final`; if
     it is True, running the work again is safe and useless until somebody changes what it tells.
     """
 
 
 class StaleTopology(RetryableError):
-    """The shard's database has closed the gate this client came through. Nothing of the transaction was applied."""
+    """The shard's database has closed the gate this client came through. Nothing of the transaction was applied.
 
-    def __init__(self, shard: str, gate: int, version: int) -> None:
-        super().__init__(shard, gate, version)
-        self.shard, self.gate, self.version = shard, gate, version
+    Attributes:
+        shard: name of the shard.
+        gate: number of the closed gate; less than 0: of the job whose key table says that the key has left.
+        version: of the topology that the client routed by.
+        final: the work had not begun, and waited `reroute_timeout_s` for a topology with an open gate: none came.
+            `engine.run` does not wait as long again.
+    """
+
+    def __init__(self, shard: str, gate: int, version: int, final: bool = False) -> None:
+        super().__init__(shard, gate, version, final)
+        self.shard, self.gate, self.version, self.final = shard, gate, version, final
 
     def __str__(self) -> str:
         what = f"gate {self.gate}" if self.gate >= 0 else f"the key table of job {-self.gate}"
+        if self.final:
+            return (
+                f"{what} of shard {self.shard!r} is closed, and within reroute_timeout_s no topology with an open one "
+                f"came (this client has {self.version}); rows are being moved and nobody goes on with it, or this "
+                "client does not hear the catalog: `shardlib-ops reshard list` tells"
+            )
         return (
             f"{what} of shard {self.shard!r} is closed; this client routed by topology {self.version}; "
             "call engine.refresh() and run the unit of work again, or let engine.run() do it"

@@ -8,7 +8,14 @@ from typing import Final
 from sqlalchemy.exc import DBAPIError
 
 from shardlib.checks import check_fields, seconds, whole
-from shardlib.errors import CatalogUnavailable, CommitOutcomeUnknown, InvalidArgument, RetryableError, ShardUnavailable
+from shardlib.errors import (
+    CatalogUnavailable,
+    CommitOutcomeUnknown,
+    InvalidArgument,
+    RetryableError,
+    ShardUnavailable,
+    StaleTopology,
+)
 
 __all__ = ["RetryPolicy", "next_wait"]
 
@@ -45,7 +52,7 @@ def may_run_again(error: BaseException) -> bool:
     """
     if isinstance(error, CommitOutcomeUnknown):
         return False
-    if isinstance(error, ShardUnavailable | CatalogUnavailable) and error.final:
+    if isinstance(error, StaleTopology | ShardUnavailable | CatalogUnavailable) and error.final:
         return False
     if isinstance(error, RetryableError):
         return True

@@ -167,7 +167,7 @@ class Core:
             self.metrics.refused(shard)
         remaining = deadline - time.monotonic()
         if remaining <= 0:
-            raise StaleTopology(shard, closed.gates[0], topology.version)
+            raise StaleTopology(shard, closed.gates[0], topology.version, final=True)
         pause = min(_PAUSE_MAX_S, _PAUSE_FIRST_S * 2**attempt, remaining) * random.uniform(0.5, 1.0)  # noqa: S311
         # Not a call in a thread: a crowd that waits would take turns in the few threads of an event loop.
         waiter = self.waits.waiter()
