@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ import typer
 from shardlib_ops.cli import given, jobs, render, resharder
 
 if TYPE_CHECKING:
+    from shardlib_ops.manager.blocking import BlockingManager
     from shardlib_ops.reshard.job import Job
 
 __all__ = ["Run", "moves"]
@@ -92,6 +93,7 @@ def _begin(kind: str, arguments: dict[str, Any], options: _Options) -> None:
                 jobs.show_plan(plan, names)
             return
         job: Job = getattr(manager, kind)(**arguments)
+        _tell_absent(manager, arguments.get("keys", ()))
         names = jobs.names_of(manager.topology())
     if options.run:
         if not options.as_json:
@@ -101,3 +103,18 @@ def _begin(kind: str, arguments: dict[str, Any], options: _Options) -> None:
         render.document(jobs.job_content(job, names))
     else:
         jobs.show_job(job, names)
+
+
+def _tell_absent(manager: BlockingManager, keys: Sequence[object]) -> None:
+    """Warn of keys that no row has: they are moved, and may be mistyped."""
+    from shardlib.errors import ShardlibError
+    from shardlib_ops.manager.absent import absent_notes
+
+    if not keys:
+        return
+    try:
+        notes = absent_notes(manager.keys_without_rows(keys))
+    except ShardlibError as error:
+        notes = (f"whether rows have the keys is not known: {error}",)
+    for note in notes:
+        render.console(error=True).print(f"warning: {note}", markup=False)

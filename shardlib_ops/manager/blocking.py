@@ -140,6 +140,10 @@ class BlockingManager:
         """As `Manager.move_keys`."""
         return self._run(self._manager.move_keys(keys, target=target, retention_s=retention_s))
 
+    def keys_without_rows(self, keys: Sequence[object]) -> list[object]:
+        """As `Manager.keys_without_rows`."""
+        return self._run(self._manager.keys_without_rows(keys))
+
     def plan(self, kind: str, **arguments: Any) -> Plan:
         """The plan of a job: the method `kind` of `Manager` with `dry_run=True`, as in `plan("drain", shard="a")`."""
         planned: Plan = self._run(getattr(self._manager, kind)(**arguments, dry_run=True))

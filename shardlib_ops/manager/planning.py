@@ -8,10 +8,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Literal, overload
 
-from shardlib.errors import InvalidArgument, InvalidTopology
+from shardlib.errors import InvalidArgument, InvalidTopology, ShardlibError
 from shardlib.key.encode import encode_key
 from shardlib.token import hash_of
 from shardlib.topology import Shard
+from shardlib_ops.manager.absent import absent_notes, keys_without_rows
 from shardlib_ops.manager.base import refuse_busy, refuse_faults, refuse_promoting
 from shardlib_ops.manager.shards import Shards
 from shardlib_ops.manager.targets import Parties, Target, with_targets
@@ -148,6 +149,9 @@ class Planning(Shards):
     ) -> Job | Plan:
         """Give some keys, such as one large tenant, to a shard; see `split`.
 
+        A key need not have rows, so that a tenant can be placed before its first one. The notes of a dry run name the
+        keys that have none; see also `keys_without_rows`.
+
         Raises:
             InvalidShardKey: a value that cannot be a shard key.
         """
@@ -157,7 +161,23 @@ class Planning(Shards):
             token = hash_of(parties.topology.hash_function)
             return plan_move_keys(parties.topology, [token(key) for key in encoded], parties.targets[0])
 
-        return await self._begin([target], plan, retention_s, dry_run)
+        made = await self._begin([target], plan, retention_s, dry_run)
+        if not isinstance(made, Plan):
+            return made
+        try:
+            notes = absent_notes(await self.keys_without_rows(keys))
+        except ShardlibError as error:
+            notes = (f"whether rows have the keys is not known: {error}",)
+        return replace(made, notes=(*made.notes, *notes))
+
+    async def keys_without_rows(self, keys: Sequence[object]) -> list[object]:
+        """Those of some shard keys that no row of any sharded table has, as far as the shard that owns each tells.
+
+        Raises:
+            InvalidShardKey: a value that cannot be a shard key.
+            ShardUnavailable: such a shard did not answer in time.
+        """
+        return await keys_without_rows(await self.topology(), {encode_key(key): key for key in keys})
 
     async def _begin(
         self,
