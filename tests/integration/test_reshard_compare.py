@@ -10,8 +10,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
 
+from shardlib.fence import install
 from shardlib.topology import Table
-from shardlib_ops import LocalCluster
 from shardlib_ops.reshard import control
 from shardlib_ops.reshard.copy import ExportedSnapshot, export_snapshot
 from shardlib_ops.reshard.rows import read_shapes
@@ -19,6 +19,7 @@ from shardlib_ops.reshard.stream import Stream
 from shardlib_ops.reshard.validate import Equal, Tables, compare_changed, compare_closed, compare_whole
 from shardlib_ops.reshard.world import Mismatch
 from tests.support.streaming import Rig
+from tests.support.versions import PAIRS, TwoServers, two_servers
 
 # A table whose rows are hashed in their binary form, one whose user type forbids that, one without a primary key, and
 # one with a composite key of awkward texts.
@@ -35,10 +36,12 @@ TABLES = [Table("plain", ("k",)), Table("moody", ("k",)), Table("bag", ("k",)), 
 AWKWARD = ["tab\there", "line\nhere", "back\\slash", 'quo"te', "{brace}", "a,b", "", "NULL", r"\N", "ключ"]
 
 
-@pytest.fixture(scope="module")
-def servers() -> Iterator[LocalCluster]:
-    with LocalCluster(shards=2) as cluster:
-        yield cluster
+@pytest.fixture(scope="module", params=PAIRS)
+def servers(request: pytest.FixtureRequest) -> Iterator[TwoServers]:
+    with two_servers(request.param) as made:
+        with made.servers[1].connect() as conn:
+            install(conn, cluster_id="test", shard_id="s2")
+        yield made
 
 
 class Sides(Rig):
@@ -78,7 +81,7 @@ class Sides(Rig):
 
 
 @pytest.fixture
-async def sides(servers: LocalCluster) -> AsyncIterator[Sides]:
+async def sides(servers: TwoServers) -> AsyncIterator[Sides]:
     rig = Sides(servers, TABLES, DDL)
     await rig.open()
     async with await rig.link.open_sink("shapes") as conn:

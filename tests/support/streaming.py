@@ -20,6 +20,7 @@ from shardlib_ops.reshard.connect import Runner
 from shardlib_ops.reshard.link import Link
 from shardlib_ops.reshard.rows import read_shapes
 from shardlib_ops.reshard.stream import Stream, create_publication, create_slot, drop_publication, drop_slot, lsn_number
+from tests.support.versions import TwoServers
 
 _jobs = itertools.count(1)
 HALF = (TokenRange(0, (1 << 63) - 1),)
@@ -28,7 +29,9 @@ HALF = (TokenRange(0, (1 << 63) - 1),)
 class Rig:
     """Tables on both shards, a slot, a start; `moving` and `staying` give keys of the one and the other half."""
 
-    def __init__(self, cluster: LocalCluster, tables: Sequence[Table], ddl: str, ranges: Sequence[TokenRange] = HALF):
+    def __init__(
+        self, cluster: LocalCluster | TwoServers, tables: Sequence[Table], ddl: str, ranges: Sequence[TokenRange] = HALF
+    ):
         self.job, self.cluster = next(_jobs), cluster
         shards = [
             Shard(f"s{number}", f"shard-{number:02d}", Dsn(server.dsn))
