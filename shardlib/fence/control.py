@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-__all__ = ["ending_statement", "plain_start", "undoes_savepoint"]
+__all__ = ["ending_statement", "plain_start", "statements", "undoes_savepoint"]
 
 _ENDS = re.compile(
     r"\s*(commit|end|abort|prepare\s+transaction|rollback(?!\s+(?:(?:work|transaction)\s+)?to\b))\b", re.IGNORECASE
@@ -62,7 +62,7 @@ def ending_statement(query: str, *, escapes: bool = False) -> str | None:
     if ";" not in query and not start.startswith(("--", "/*")):
         found = _ENDS.match(start)
         return None if found is None or found[1].lower().startswith("prepare") else found[1].upper()
-    return next((word for words in _statements(query, escapes) if (word := _ending(words)) is not None), None)
+    return next((word for words in statements(query, escapes) if (word := _ending(words)) is not None), None)
 
 
 def _ending(words: list[str]) -> str | None:
@@ -78,7 +78,7 @@ def _ending(words: list[str]) -> str | None:
     return None
 
 
-def _statements(query: str, escapes: bool) -> Iterator[list[str]]:
+def statements(query: str, escapes: bool = False) -> Iterator[list[str]]:
     """Of each statement the first tokens: words in lower case, and what is no word as an empty one.
 
     The statements of a function's body in SQL (BEGIN ATOMIC ...; END) count as such. Its END does not.

@@ -1,0 +1,284 @@
+"""One request's statement: routed by its key, fenced, run in a transaction of its own, its rows as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from shardlib import AsyncShardedEngine, RetryPolicy
+from shardlib.errors import InvalidArgument, ShardlibError
+from shardlib.route.retry import next_wait
+from shardlib_ops.gateway.rows import Chunk, TextCursor
+from shardlib_ops.gateway.statement import check_statement, leaves_traces
+from shardlib_ops.gateway.values import Encoder, encoder_of, needs_type, parameter_text
+
+__all__ = ["Answer", "Executor", "Limits", "ResultTooLarge", "Statement", "StatementTimeout"]
+
+_CHUNK: Final = 200
+"""Rows that are held at once while they become JSON."""
+_TYPES_MAX: Final = 1_000
+_READ_ONLY: Final = "SET TRANSACTION READ ONLY"
+
+
+class ResultTooLarge(ShardlibError):  # noqa: N818 - named like those of shardlib.errors
+    """A result is larger than one answer may be. The transaction was rolled back."""
+
+    def __init__(self, what: str, limit: int) -> None:
+        super().__init__(what, limit)
+        self.what, self.limit = what, limit
+
+    def __str__(self) -> str:
+        return f"the result has more than {self.limit} {self.what}; ask for less with LIMIT, or for a stream"
+
+
+class StatementTimeout(ShardlibError):  # noqa: N818 - named like those of shardlib.errors
+    """The statement did not end in time. It was cancelled and its transaction rolled back."""
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(limit_s)
+        self.limit_s = limit_s
+
+    def __str__(self) -> str:
+        return f"the statement did not end within {self.limit_s:g} s and was cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may take.
+
+    Attributes:
+        rows_max: rows of an answer; a stream has no such limit.
+        bytes_max: bytes of an answer's rows.
+        timeout_s: seconds for the statement and the reading of its rows, a stream's too: its transaction holds the
+            gate of its range, and a shard that is split waits for it.
+    """
+
+    rows_max: int = 10_000
+    bytes_max: int = 16 << 20
+    timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What a program asks for.
+
+    Attributes:
+        key: the shard key, of the types that `shardlib.key` knows.
+        query: one statement, its parameters as `$1`, `$2`.
+        params: their values, as `values.read_json` gives them.
+        read_only: whether PostgreSQL shall refuse it if it writes.
+    """
+
+    key: object
+    query: str
+    params: Sequence[object] = ()
+    read_only: bool = False
+
+    def checked(self) -> Statement:
+        """This statement, if it is one that the gateway runs.
+
+        Raises:
+            InvalidArgument: it is not.
+        """
+        check_statement(self.query)
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of it.
+
+    Attributes:
+        shard_id: where it ran.
+        rows: the rows as one JSON array.
+        row_count: rows that were returned, or changed by a statement that returns none.
+        latency_ms: milliseconds from the first attempt to the end of the transaction.
+    """
+
+    shard_id: str
+    rows: bytes
+    row_count: int
+    latency_ms: float
+
+    def json(self) -> bytes:
+        """The answer as the body of a response."""
+        return b'{"shard_id":%b,"rows":%b,"row_count":%d,"latency_ms":%.3f}' % (
+            msgspec.json.encode(self.shard_id), self.rows, self.row_count, self.latency_ms,
+        )  # fmt: skip
+
+
+class Executor:
+    """Runs statements on an engine that it does not own.
+
+    Args:
+        engine: the engine.
+        limits: what one request may take.
+        retry: how often work is tried that certainly left nothing behind.
+    """
+
+    def __init__(
+        self, engine: AsyncShardedEngine, limits: Limits | None = None, retry: RetryPolicy | None = None
+    ) -> None:
+        self._engine, self.limits, self._retry = engine, limits or Limits(), retry or RetryPolicy()
+        self._types: dict[str, list[int]] = {}
+
+    async def run(self, statement: Statement) -> Answer:
+        """Run a statement and commit it.
+
+        It is tried again after errors that certainly left nothing behind, never after a COMMIT of unknown outcome.
+
+        Raises:
+            InvalidArgument: a statement, parameter or column name that the gateway does not take.
+            InvalidShardKey: the key.
+            ResultTooLarge, StatementTimeout: its limits; nothing is left behind.
+            CommitOutcomeUnknown: COMMIT was sent, and no answer came.
+            RetryableError: as `AsyncShardedEngine.run`.
+            psycopg.Error: what PostgreSQL says of the statement.
+        """
+        statement.checked()
+        began, attempt = time.perf_counter(), 0
+        while True:
+            attempt += 1
+            try:
+                shard_id, rows, count = await self._attempt(statement)
+                return Answer(shard_id, rows, count, (time.perf_counter() - began) * 1_000)
+            except Exception as error:
+                self._types.pop(statement.query, None)
+                wait_s = next_wait(error, attempt, self._retry, random.uniform(0.5, 1.0))  # noqa: S311
+                if wait_s is None:
+                    raise
+                await asyncio.sleep(wait_s)
+
+    async def _attempt(self, statement: Statement) -> tuple[str, bytes, int]:
+        parts: list[bytes] = []
+        size = changed = 0
+        encode = None
+        async with self._running(statement, min(_CHUNK, self.limits.rows_max + 1)) as (shard_id, chunks):
+            async for chunk in chunks:
+                changed = chunk.changed if chunk.last and chunk.changed is not None else changed
+                encode = encode or _row_encoder(chunk)
+                for row in range(chunk.result.ntuples):
+                    parts.append(encode(chunk, row))
+                    size += len(parts[-1])
+                if len(parts) > self.limits.rows_max:
+                    raise ResultTooLarge("rows", self.limits.rows_max)
+                if size > self.limits.bytes_max:
+                    raise ResultTooLarge("bytes", self.limits.bytes_max)
+            returns = encode is not None and encode is not _no_row
+        return shard_id, b"[" + b",".join(parts) + b"]", len(parts) if returns else changed
+
+    async def stream(self, statement: Statement) -> AsyncIterator[bytes]:
+        """Run a statement; give `{"row":{…}}` lines, and `{"end":{…}}` once it is committed.
+
+        Before the first line it is tried again as `run` does.
+
+        Raises:
+            Exception: as `run`; a consumer that has had rows learns by it that they do not count.
+        """
+        statement.checked()
+        began, attempt = time.perf_counter(), 0
+        while True:
+            attempt += 1
+            given = 0
+            try:
+                async with self._running(statement, _CHUNK) as (shard_id, chunks):
+                    encode, changed = None, 0
+                    async for chunk in chunks:
+                        changed = chunk.changed if chunk.last and chunk.changed is not None else changed
+                        encode = encode or _row_encoder(chunk)
+                        if chunk.result.ntuples:
+                            lines = [b'{"row":' + encode(chunk, row) + b"}\n" for row in range(chunk.result.ntuples)]
+                            given += len(lines)
+                            yield b"".join(lines)
+                count = given or changed
+                end = Answer(shard_id, b"", count, (time.perf_counter() - began) * 1_000)
+                yield b'{"end":{"shard_id":%b,"row_count":%d,"latency_ms":%.3f}}\n' % (
+                    msgspec.json.encode(end.shard_id), end.row_count, end.latency_ms,
+                )  # fmt: skip
+                return
+            except Exception as error:
+                self._types.pop(statement.query, None)
+                wait_s = None if given else next_wait(error, attempt, self._retry, random.uniform(0.5, 1.0))  # noqa: S311
+                if wait_s is None:
+                    raise
+                await asyncio.sleep(wait_s)
+
+    @asynccontextmanager
+    async def _running(self, statement: Statement, rows: int) -> AsyncIterator[tuple[str, AsyncGenerator[Chunk, None]]]:
+        """The statement under way in a transaction that is committed at the end of the block."""
+        async with self._engine.connect(statement.key) as conn:
+            limit = asyncio.timeout(self.limits.timeout_s)
+            try:
+                async with limit:
+                    await conn.begin()
+                    if statement.read_only:
+                        await conn.exec_driver_sql(_READ_ONLY)
+                    driver: Any = (await conn.get_raw_connection()).driver_connection
+                    cursor = TextCursor(driver)
+                    params = await self._texts(cursor, statement)
+                    async with aclosing(cursor.texts(statement.query, params, rows=rows)) as chunks:
+                        yield _shard_of(conn), chunks
+            except TimeoutError:
+                if limit.expired():
+                    raise StatementTimeout(self.limits.timeout_s) from None
+                raise
+            await conn.commit()
+            if leaves_traces(statement.query):
+                await conn.invalidate()
+
+    async def _texts(self, cursor: TextCursor, statement: Statement) -> list[bytes | None]:
+        if not any(needs_type(value) for value in statement.params):
+            return [parameter_text(value) for value in statement.params]
+        types = self._types.get(statement.query)
+        if types is None:
+            if len(self._types) >= _TYPES_MAX:
+                self._types.pop(next(iter(self._types)))
+            types = self._types[statement.query] = await cursor.parameter_types(statement.query)
+        if len(types) != len(statement.params):
+            raise InvalidArgument("params", len(statement.params), f"{len(types)} of them, as the query has")
+        return [parameter_text(value, oid) for value, oid in zip(statement.params, types, strict=True)]
+
+
+def _shard_of(conn: AsyncConnection) -> str:
+    inner: Any = conn.sync_connection
+    return str(inner.shard.id)
+
+
+def _no_row(chunk: Chunk, row: int) -> bytes:
+    raise AssertionError(f"row {row} of a statement that returns none: {chunk.result}")
+
+
+def _row_encoder(chunk: Chunk) -> Callable[[Chunk, int], bytes]:
+    """Makes a row of this result a JSON object.
+
+    Raises:
+        InvalidArgument: two columns have one name.
+    """
+    result = chunk.result
+    if not result.nfields:
+        return _no_row
+    names = [(result.fname(column) or b"").decode() for column in range(result.nfields)]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidArgument("query", twice, "columns whose names differ; give one another name with AS")
+    columns: list[tuple[int, bytes, Encoder]] = [
+        (column, msgspec.json.encode(name) + b":", encoder_of(result.ftype(column)))
+        for column, name in enumerate(names)
+    ]
+
+    def encode(chunk: Chunk, row: int) -> bytes:
+        value_of = chunk.result.get_value
+        return b"{" + b",".join([
+            name + (b"null" if (text := value_of(row, column)) is None else encoder(text))
+            for column, name, encoder in columns
+        ]) + b"}"  # fmt: skip
+
+    return encode
