@@ -42,14 +42,32 @@ def at(step: str, strike: Strike, time: int = 1) -> dict[tuple[str, int], Strike
     return {(step, time): strike}
 
 
+def hold(seconds: float) -> Strike:
+    """A client writes a moving key, and stands still for so long before it commits."""
+
+    def freeze(sim: Simulation, _: Process) -> None:
+        client = Client(sim, "frozen", watches=False)
+        key = next(iter(sim.leg_of))
+        client._think = lambda: asyncio.sleep(seconds)  # type: ignore[method-assign]
+        sim.loop.create_task(client.write([key], values=lambda _: None))
+
+    return freeze
+
+
 @pytest.mark.parametrize("final", [Wish.COMPLETE, Wish.ROLLBACK])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_client_that_slept_from_the_start_is_refused_and_goes_on(step: str, final: Wish) -> None:
     """Whatever has moved meanwhile, there and back: it reads, writes and scans as if nothing had."""
     acted: list[str] = []
+    refused: list[str] = []
+
+    class Sleeper(Client):
+        async def _refresh(self) -> None:
+            refused.append(step)
+            await super()._refresh()
 
     def wake(sim: Simulation, _: Process) -> None:
-        client = Client(sim, f"sleeper-{step}", watches=False)
+        client = Sleeper(sim, f"sleeper-{step}", watches=False)
         client.topology = sim.catalog.history[0]
         key = next(iter(sim.leg_of))
 
@@ -64,23 +82,21 @@ def test_a_client_that_slept_from_the_start_is_refused_and_goes_on(step: str, fi
 
         sim.loop.create_task(act())
 
-    result = run(at_step=at(step, wake), final=final, heal_s=60.0)
-    if acted and step not in STEPS[:4]:
-        assert result.facts["refused"] > 0
+    strikes = at(step, wake)
+    if step == "given_way":
+        strikes |= at("status_cutover", hold(4.0))
+    run(at_step=strikes, final=final, heal_s=60.0)
+    assert acted == [step]
+    if step not in STEPS[:4]:
+        # Each of the three began with what it knew when it fell asleep.
+        assert len(refused) >= 3
 
 
 @pytest.mark.parametrize("held_s", [0.5, 4.0, 15.0])
 @pytest.mark.parametrize("scenario", ["split", "merge"])
 def test_a_writer_that_stands_still_behind_the_gate_is_waited_for(scenario: str, held_s: float) -> None:
     """Frozen, or prepared and in doubt: attempts give way, and what it wrote is not lost."""
-
-    def freeze(sim: Simulation, _: Process) -> None:
-        client = Client(sim, "frozen", watches=False)
-        key = next(iter(sim.leg_of))
-        client._think = lambda: asyncio.sleep(held_s)  # type: ignore[method-assign]
-        sim.loop.create_task(client.write([key], values=lambda _: None))
-
-    result = run(scenario, at_step=at("status_cutover", freeze), heal_s=60.0)
+    result = run(scenario, at_step=at("status_cutover", hold(held_s)), heal_s=60.0)
     assert result.status is Status.COMPLETED
     if held_s > 2:
         assert result.facts["gave_way"] > 0
@@ -225,7 +241,8 @@ def test_a_swap_that_arrives_late_is_found_or_can_no_longer_happen(time: int, wi
         ends.add(run(types={"world_type": world}, at_step=at(BEFORE_SWAP[time], ask, time), final=final).status)
     if time == 1:
         assert ends == ({Status.CANCELLED, Status.COMPLETED} if wish is Wish.CANCEL else {Status.COMPLETED})
-    elif wish is Wish.COMPLETE:
+    else:
+        # Each of these wishes withdraws a rollback that has not happened, and the job is completed in the end.
         assert ends == {Status.ROLLED_BACK, Status.COMPLETED}
 
 
@@ -285,6 +302,26 @@ def test_cancelling_at_each_step_of_the_cutover(step: str) -> None:
 
     status = run("split_two", at_step=at(step, cancel), heal_s=30.0).status
     assert status is (Status.COMPLETED if step == "switched" else Status.CANCELLED)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("wish", [Wish.RUN, Wish.CANCEL, Wish.COMPLETE])
+@pytest.mark.parametrize("step", ["gates_closed", "guarded", "drained", "compared", "handed_over", "switched"])
+def test_withdrawing_a_rollback_at_each_step_of_its_cutover(step: str, wish: Wish, killed: bool) -> None:
+    """It is withdrawn, or the sources serve again: never something between. An attempt under way is not broken off."""
+    asked: list[str] = []
+
+    def withdraw(sim: Simulation, process: Process) -> None:
+        asked.append(step)
+        sim.catalog.ask(wish)
+        if killed:
+            sim._strike(process, "kill")
+
+    result = run("split_two", at_step=at(step, withdraw, 2), final=Wish.ROLLBACK, heal_s=30.0)
+    assert asked == [step]
+    withdrawn = killed and step != "switched"
+    assert result.status is (Status.COMPLETED if withdrawn else Status.ROLLED_BACK)
+    assert result.steps.count("switched") == (1 if withdrawn else 2)
 
 
 @pytest.mark.parametrize("foreign", [False, True])
