@@ -21,6 +21,8 @@ from shardlib.errors import InvalidArgument, ShardUnavailable, UnsupportedOperat
 from shardlib_ops.local import places, plan, registry, watchdog
 from shardlib_ops.local.binaries import find_etcd, find_postgres
 from shardlib_ops.local.etcd import LocalEtcd
+from shardlib_ops.local.named import Named, named_servers, read_topology
+from shardlib_ops.local.passwords import write_passwords
 from shardlib_ops.local.plan import Options, Plan
 from shardlib_ops.local.ports import PortKeeper
 from shardlib_ops.local.postgres import LocalServer, ServerSpec
@@ -34,6 +36,8 @@ __all__ = ["LocalCluster"]
 _log: Final = logging.getLogger("shardlib.local")
 _SOCKET_PATH_MAX: Final = 90
 _WORKERS_MAX: Final = 8
+_LETTERS: Final = "bcdefghijklmnopqrstuvwxyz"
+"""A shard's first server has the `a`."""
 
 
 class LocalCluster:
@@ -130,13 +134,19 @@ class LocalCluster:
 
     @property
     def spares(self) -> tuple[LocalServer, ...]:
-        """The servers made by `spare`."""
+        """The servers made by `spare`, and the replicas that were added to shards made of them."""
         return tuple(self._spares)
 
     @property
     def etcd(self) -> tuple[LocalEtcd, ...]:
         """The members of the catalog."""
         return tuple(self._etcd)
+
+    @property
+    def sockets(self) -> Path:
+        """Folder of the Unix sockets."""
+        self._started()
+        return self._sockets
 
     @property
     def directory(self) -> Path:
@@ -150,11 +160,15 @@ class LocalCluster:
         Raises:
             InvalidArgument: there is none of that name.
         """
-        for server in (*self._servers, *self._spares):
+        everyone = self._everyone
+        for server in everyone:
             if server.name == name:
                 return server
-        known = ", ".join(server.name for server in (*self._servers, *self._spares))
-        raise InvalidArgument("name", name, f"the servers are: {known}")
+        raise InvalidArgument("name", name, f"the servers are: {', '.join(server.name for server in everyone)}")
+
+    @property
+    def _everyone(self) -> tuple[LocalServer, ...]:
+        return (*self._servers, *self._spares)
 
     def primary(self, shard: str) -> LocalServer:
         """The server of a shard that is its primary now (by its data folder; it may be down).
@@ -219,15 +233,80 @@ class LocalCluster:
                 if server.name == name:
                     server.start()
                     return server
-            letters = name.replace("-", "")
-            if not (letters.isascii() and letters.isalnum()) or any(one.name == name for one in self._servers):
-                raise InvalidArgument("name", name, "letters, digits and -, and no other server's name")
+            self._refuse_taken(name)
             spec = plan.server_spec(name, None, self._ports.take(), self._options)
             server = self._server(spec)
             server.create()
             self._spares.append(server)
             self._remember(replace(current, spares=(*current.spares, spec)))
             server.start()
+            return server
+
+    def add_replica(self, shard: str, name: str | None = None) -> LocalServer:
+        """One more replica of a shard, running. It is not in the catalog until `Manager.add_replica` puts it there.
+
+        Args:
+            shard: name or id of a shard of the catalog whose primary is a server of this cluster.
+            name: letters, digits and `-`, unlike the name of any other server; None for the shard's, and a letter.
+
+        Raises:
+            InvalidArgument: the name is taken or not allowed, or the shard's primary is another server.
+            InvalidTopology: there is no such shard.
+            ShardUnavailable: it did not start.
+        """
+        with self._lock:
+            current = self._started()
+            primary = self._primary_by_catalog(shard)
+            if name is None:
+                base, taken = primary.shard or primary.name, {server.name for server in self._everyone}
+                name = next((one for one in (f"{base}-{letter}" for letter in _LETTERS) if one not in taken), "")
+            self._refuse_taken(name)
+            source = primary.spec
+            spec = plan.server_spec(
+                name, source.shard, self._ports.take(), self._options, password=source.password, upstream=source.port
+            )
+            server = self._server(spec)
+            try:
+                server.create_from(primary)
+                server.start()
+            except BaseException:
+                server.discard(primary)
+                raise
+            if source.shard is None:
+                self._spares.append(server)
+                self._remember(replace(current, spares=(*current.spares, spec)))
+            else:
+                self._servers.append(server)
+                self._remember(replace(current, servers=(*current.servers, spec)))
+            return server
+
+    def rejoin_server(self, name: str, shard: str | None = None) -> LocalServer:
+        """Make a server that no shard uses now, such as an old primary, a replica of a shard: what it holds is gone.
+
+        One that is such a replica already is started, if it is down. It is not in the catalog until
+        `Manager.add_replica` puts it there.
+
+        Args:
+            name: the server.
+            shard: name or id of the shard; None for that which it was made for.
+
+        Raises:
+            InvalidArgument: there is no such server, it is in use by the catalog, or it was made for no shard.
+            InvalidTopology: there is no such shard.
+            ShardUnavailable: it did not start.
+        """
+        with self._lock:
+            server = self.server(name)
+            topology = read_topology(self.url)
+            if (used := named_servers(topology).get(server.port)) is not None:
+                if used == Named(topology.shard(shard or used.shard).name, "replica"):
+                    server.start()
+                    return server
+                way_out = "promote a replica first" if used.role == "primary" else "`remove_replica` first"
+                raise InvalidArgument("name", name, f"it is the {used.role} of shard {used.shard!r}: {way_out}")
+            if (wanted := shard or server.shard) is None:
+                raise InvalidArgument("name", name, "it was made for no shard: name the one that it is to follow")
+            self._follow(server, self._primary_by_catalog(wanted))
             return server
 
     async def rejoin(self, demoted: Demoted) -> None:
@@ -237,7 +316,7 @@ class LocalCluster:
             InvalidArgument: they are no servers of this cluster.
             ShardUnavailable: it did not start.
         """
-        servers = {server.port: server for server in self._servers}
+        servers = {server.port: server for server in self._everyone}
         try:
             old, new = servers[int(demoted.old.port)], servers[int(demoted.new.port)]
         except KeyError:
@@ -247,11 +326,22 @@ class LocalCluster:
     def _follow(self, old: LocalServer, new: LocalServer) -> None:
         old.follow(new)
         with self._lock:
-            current = self._started()
-            specs = tuple(
-                replace(spec, upstream=new.port) if spec.name == old.name else spec for spec in current.servers
-            )
-            self._remember(replace(current, servers=specs))
+            self._remember(self._started().changed(old.spec))
+
+    def _primary_by_catalog(self, shard: str) -> LocalServer:
+        """The server of this cluster that the catalog names as the primary of a shard."""
+        topology = read_topology(self.url)
+        found, named = topology.shard(shard), named_servers(topology)
+        for server in self._everyone:
+            if named.get(server.port) == Named(found.name, "primary"):
+                return server
+        raise InvalidArgument("shard", found.name, f"its primary {found.primary} is no server of this cluster")
+
+    def _refuse_taken(self, name: str) -> None:
+        letters = name.replace("-", "")
+        # The folder holds more than servers.
+        if not (letters.isascii() and letters.isalnum()) or (self._directory / name).exists():
+            raise InvalidArgument("name", name, "letters, digits and -, and no other server's name")
 
     def __enter__(self) -> Self:
         return self.start()
@@ -341,11 +431,16 @@ class LocalCluster:
 
     def _again(self, found: Plan) -> Plan:
         where = str(self._directory)
-        if found.options != self._options:
-            raise InvalidArgument("directory", where, f"it holds a cluster with other options: {found.options}")
+        if what := plan.differing(found.options, self._options):
+            raise InvalidArgument(
+                "directory",
+                where,
+                f"it holds a cluster with other options: {what}; give those that it has, or name another folder, or "
+                "remove this one with `shardlib-ops local down`",
+            )
         if found.postgres != (mine := self._postgres.version):
             raise InvalidArgument("directory", where, f"its data was made by {found.postgres}, not {mine}")
-        ports = [server.port for server in (*found.servers, *found.spares)]
+        ports = [server.port for server in found.all_servers]
         ports += [port for member in found.etcd for port in (member.port, member.peer_port)]
         for port in ports:
             if not self._ports.keep(port):
@@ -424,6 +519,7 @@ class LocalCluster:
 
     def _remember(self, changed: Plan) -> None:
         self._plan = changed
+        write_passwords(self._directory, changed.all_servers)
         plan.save(changed, self._directory)
 
     def _end(self) -> None:

@@ -12,22 +12,27 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
 from shardlib.dsn import Dsn
-from shardlib.errors import InvalidArgument, InvalidTopology, ShardlibError, UnsupportedOperation
-from shardlib_ops.local import places, plan, registry
+from shardlib.errors import CatalogUnavailable, InvalidArgument, InvalidTopology, ShardlibError, UnsupportedOperation
+from shardlib_ops.local import keeper, places, plan, registry
 from shardlib_ops.local.cluster import LocalCluster
+from shardlib_ops.local.named import Named, named_servers, read_topology
+from shardlib_ops.local.passwords import reference
 from shardlib_ops.local.ports import HOST
-from shardlib_ops.local.postgres import ServerSpec
+from shardlib_ops.local.postgres import DATABASE, ServerSpec
 from shardlib_ops.local.process import started_at, wait_until
 from shardlib_ops.local.template import SUPERUSER
 
-__all__ = ["Status", "default_directory", "down", "status", "up"]
+__all__ = ["Status", "add", "default_directory", "differing", "down", "holds", "rejoin", "server", "status", "up"]
 
 _END_S: Final = 120.0
+_ADD_S: Final = 300.0
+"""A base backup of a shard that has rows takes its time."""
 _ANSWER_S: Final = 1.0
 _ROOT: Final = Path(__file__).resolve().parents[2]
 _RUN: Final = "import sys; sys.path[:0] = [sys.argv[1]]; from shardlib_ops.local.detached import main; main(sys.argv)"
@@ -41,12 +46,17 @@ class Status:
         directory: the folder.
         owner: number of the process that holds the cluster; None if it is down.
         url: URL of the catalog.
-        servers: name, shard, role, port, dsn and `listening` of each server; etcd members likewise.
+        topology: version of the topology in the catalog; None if that did not answer.
+        servers: of each server its name, shard (of the catalog, or for which it was made), role (by its data folder),
+            `named` (what the catalog has it as: `primary`, `replica`, or None), port, dsn, reference (a DSN that
+            names the file of the password) and `listening`.
+        etcd: likewise the members of the catalog.
     """
 
     directory: str
     owner: int | None
     url: str
+    topology: int | None
     servers: tuple[Mapping[str, object], ...]
     etcd: tuple[Mapping[str, object], ...]
 
@@ -66,51 +76,62 @@ def up(directory: Path, options: Mapping[str, Any], timeout_s: float) -> Status:
 
     Args:
         directory: its folder.
-        options: arguments of `LocalCluster`.
+        options: arguments of `LocalCluster`; those left out are as in the cluster that is there.
         timeout_s: limit for each server, in seconds.
 
     Raises:
         ShardlibError: as `LocalCluster` does; nothing runs then.
     """
-    arguments = json.dumps({**options, "timeout_s": timeout_s})
+    there = plan.load(directory)
+    known = {} if there is None else asdict(there.options)
+    arguments = json.dumps({**known, **options, "timeout_s": timeout_s})
     command = [sys.executable, "-c", _RUN, str(_ROOT), str(directory), arguments]
-    keeper = subprocess.Popen(
+    holder = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/",
         start_new_session=True,
     )  # fmt: skip
-    if keeper.stdout is None:
+    if holder.stdout is None:
         raise InvalidTopology("the keeper of the cluster has no output", "this is a fault of shardlib: report it")
     # The first servers, their replicas, the catalog and the topology, one after the other.
     within_s = 4 * timeout_s + 10
-    with keeper.stdout as answer:
+    with holder.stdout as answer:
         ready, _, _ = select.select([answer], [], [], within_s)
         line = answer.readline() if ready else b""
     if not line:
         with contextlib.suppress(ProcessLookupError):
-            keeper.terminate()
-        code = keeper.wait(_END_S)
+            holder.terminate()
+        code = holder.wait(_END_S)
         how = f"its process ended with {code} and said nothing" if ready else f"not within {within_s:g} s"
         raise UnsupportedOperation(f"the cluster in {directory} did not start: {how}", "look at the logs in it")
     said = json.loads(line)
     if "error" in said:
-        keeper.wait(_END_S)
-        raise _again(said["kind"], said["arguments"])
+        holder.wait(_END_S)
+        raise keeper.raised(said)
     # It is meant to outlive this process, which therefore never waits for it.
-    keeper.returncode = 0
+    holder.returncode = 0
     found = status(directory)
     if found is None:
         raise InvalidTopology(f"the cluster in {directory} left no state", "this is a fault of shardlib: report it")
     return found
 
 
-def _again(kind: str, arguments: list[Any]) -> ShardlibError:
-    """The keeper's error as it was there."""
-    from shardlib import errors
+def differing(directory: Path, options: Mapping[str, Any]) -> str:
+    """What the options ask for other than the cluster of a folder has it; empty if nothing, or there is none.
 
-    made = getattr(errors, kind)(*arguments)
-    if not isinstance(made, ShardlibError):
-        raise TypeError(f"{kind} is no error of shardlib")
-    return made
+    Raises:
+        InvalidArgument: a value that is not allowed.
+        InvalidTopology: the folder's state cannot be read.
+    """
+    there = plan.load(directory)
+    if there is None:
+        return ""
+    asked = {name: value for name, value in options.items() if name in plan.Options.__dataclass_fields__}
+    return plan.differing(there.options, replace(there.options, **asked))
+
+
+def holds(directory: Path) -> bool:
+    """Whether a folder holds a local cluster, in whatever state."""
+    return (directory / plan.STATE).exists()
 
 
 def status(directory: Path, *, reveal: bool = False) -> Status | None:
@@ -124,11 +145,17 @@ def status(directory: Path, *, reveal: bool = False) -> Status | None:
     if found is None:
         return None
     owner = registry.owner_of(directory)
+    topology = None
+    if owner is not None:
+        with contextlib.suppress(CatalogUnavailable, InvalidTopology):  # told by what the answer lacks
+            topology = read_topology(found.url)
+    named = {} if topology is None else named_servers(topology)
     return Status(
         directory=str(directory),
         owner=owner,
         url=found.url,
-        servers=tuple(_server(directory, spec, reveal=reveal) for spec in (*found.servers, *found.spares)),
+        topology=None if topology is None else topology.version,
+        servers=tuple(_server(directory, spec, named.get(spec.port), reveal=reveal) for spec in found.all_servers),
         etcd=tuple(
             {"name": one.name, "url": f"http://{HOST}:{one.port}", "listening": _listens(one.port)}
             for one in found.etcd
@@ -136,15 +163,62 @@ def status(directory: Path, *, reveal: bool = False) -> Status | None:
     )
 
 
-def _server(directory: Path, spec: ServerSpec, *, reveal: bool) -> Mapping[str, object]:
-    dsn = f"postgresql://{SUPERUSER}:{spec.password}@{HOST}:{spec.port}/postgres"
+def add(directory: Path, name: str | None = None, *, replica_of: str | None = None) -> Mapping[str, object]:
+    """Start one more server in the cluster of a folder: an empty one, or a replica of a shard.
+
+    Args:
+        directory: the folder.
+        name: of the server; None for one that is free.
+        replica_of: name or id of a shard; None for an empty server.
+
+    Returns:
+        the server, as `Status.servers` has it. It is not in the catalog yet.
+
+    Raises:
+        ShardlibError: as `LocalCluster.spare` and `LocalCluster.add_replica`, or no cluster runs there.
+    """
+    return _asked(directory, {"add": name, "replica_of": replica_of})
+
+
+def rejoin(directory: Path, name: str, shard: str | None = None) -> Mapping[str, object]:
+    """Make a server that no shard uses now a replica; see `LocalCluster.rejoin_server` and `add`."""
+    return _asked(directory, {"rejoin": name, "shard": shard})
+
+
+def _asked(directory: Path, request: Mapping[str, object]) -> Mapping[str, object]:
+    entry = registry.entry_of(directory)
+    if entry is None:
+        raise UnsupportedOperation(f"no cluster runs in {directory}", "start it first: `local up`")
+    made: str = keeper.ask(Path(entry.sockets), request, _ADD_S)
+    return server(directory, made)
+
+
+def server(directory: Path, name: str, *, reveal: bool = False) -> Mapping[str, object]:
+    """One server of a folder's cluster, as `Status.servers` has it.
+
+    Raises:
+        InvalidArgument: there is none of that name.
+    """
+    found = status(directory, reveal=reveal)
+    servers = () if found is None else found.servers
+    for one in servers:
+        if one["name"] == name:
+            return one
+    known = ", ".join(str(one["name"]) for one in servers) or "none"
+    raise InvalidArgument("name", name, f"a server of the cluster in {directory}: {known}")
+
+
+def _server(directory: Path, spec: ServerSpec, named: Named | None, *, reveal: bool) -> Mapping[str, object]:
+    dsn = f"postgresql://{SUPERUSER}:{spec.password}@{HOST}:{spec.port}/{DATABASE}"
     standby = (directory / spec.name / "data" / "standby.signal").exists()
     return {
         "name": spec.name,
-        "shard": spec.shard,
+        "shard": spec.shard if named is None else named.shard,
         "role": "replica" if standby else "primary",
+        "named": None if named is None else named.role,
         "port": spec.port,
         "dsn": dsn if reveal else Dsn(dsn).safe(),
+        "reference": reference(directory, spec),
         "listening": _listens(spec.port),
     }
 
@@ -178,7 +252,7 @@ def down(directory: Path, *, keep: bool = False) -> bool:
     # What an owner left that was killed.
     registry.clean_abandoned()
     if not keep and directory.exists():
-        if plan.load(directory) is None and any(directory.iterdir()):
+        if not holds(directory) and any(directory.iterdir()):
             raise InvalidArgument("directory", str(directory), "the folder of a local cluster")
         shutil.rmtree(directory)
     return owner is not None
@@ -192,19 +266,32 @@ def main(arguments: list[str]) -> None:
     try:
         cluster = LocalCluster(directory=directory, **options)
         cluster.start()
+        started = cluster
         _say({"url": cluster.url})
-        while True:
-            signal.pause()
+        keeper.answer(cluster.sockets, lambda request: _handle(started, request))
     except ShardlibError as error:
-        _say({"error": str(error), "kind": type(error).__name__, "arguments": error.args})
+        _say(keeper.failure(error))
     except Exception as error:
         what = f"the cluster in {directory} did not start: {type(error).__name__}: {error}"
-        _say({"error": what, "kind": "UnsupportedOperation", "arguments": [what, "look at the logs in it"]})
+        _say(keeper.failure(UnsupportedOperation(what, "look at the logs in it")))
         raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if cluster is not None:
             cluster.stop()
+
+
+def _handle(cluster: LocalCluster, request: Mapping[str, Any]) -> str:
+    """Do what `_asked` asks for; the name of the server that was made."""
+    if "rejoin" in request:
+        return cluster.rejoin_server(request["rejoin"], request["shard"]).name
+    name = request["add"]
+    if request["replica_of"] is not None:
+        return cluster.add_replica(request["replica_of"], name).name
+    taken = {one.name for one in (*cluster.servers, *cluster.spares)}
+    if name in taken:
+        raise InvalidArgument("name", name, "letters, digits and -, and no other server's name")
+    return cluster.spare(name or next(one for one in map("spare-{}".format, count(1)) if one not in taken)).name
 
 
 def _ended(number: int, frame: object) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from shardlib_ops.local.etcd import EtcdSpec
 from shardlib_ops.local.ports import HOST
 from shardlib_ops.local.postgres import ServerSpec
 
-__all__ = ["Options", "Plan", "load", "make", "save", "server_spec"]
+__all__ = ["STATE", "Options", "Plan", "differing", "load", "make", "save", "server_spec"]
 
 STATE: Final = "cluster.json"
 _FORMAT: Final = 1
@@ -53,6 +53,15 @@ class Options:
             raise InvalidArgument("catalog_name", name, "letters, digits, - _ .")
 
 
+def differing(there: Options, asked: Options) -> str:
+    """What is asked for other than it is there, as `shards=2 (not 3)`; empty if nothing."""
+    return ", ".join(
+        f"{one.name}={getattr(there, one.name)!r} (not {getattr(asked, one.name)!r})"
+        for one in fields(Options)
+        if getattr(there, one.name) != getattr(asked, one.name)
+    )
+
+
 def _whole(name: str, value: object, least: int, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise InvalidArgument(name, value, f"a whole number from {least} to {most}")
@@ -77,6 +86,18 @@ class Plan:
     etcd: tuple[EtcdSpec, ...]
     spares: tuple[ServerSpec, ...] = ()
     ready: bool = False
+
+    @property
+    def all_servers(self) -> tuple[ServerSpec, ...]:
+        """Those of the shards, then the spares."""
+        return (*self.servers, *self.spares)
+
+    def changed(self, spec: ServerSpec) -> Plan:
+        """The plan with another state of one of its servers."""
+        servers, spares = (
+            tuple(spec if one.name == spec.name else one for one in some) for some in (self.servers, self.spares)
+        )
+        return replace(self, servers=servers, spares=spares)
 
     @property
     def url(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from typing import Any, Final, Literal
 
 import psycopg
 from psycopg import sql
+from psycopg.conninfo import make_conninfo
 
 from shardlib.dsn import Dsn, scrub
 from shardlib.errors import InvalidArgument, ShardUnavailable
@@ -20,9 +22,10 @@ from shardlib_ops.local.binaries import Postgres
 from shardlib_ops.local.ports import HOST
 from shardlib_ops.local.process import Account, Daemon, Server, free_shared_memory, running_in, wait_until
 
-__all__ = ["LocalServer", "ServerSpec"]
+__all__ = ["DATABASE", "LocalServer", "ServerSpec"]
 
-_DATABASE: Final = "postgres"
+DATABASE: Final = "postgres"
+_log: Final = logging.getLogger("shardlib.local")
 _STOP_S: Final = 20.0
 _IMMEDIATE_S: Final = 8.0
 _SETTINGS: Final[Mapping[str, str]] = {
@@ -98,6 +101,11 @@ class LocalServer(Server):
         super().__init__(Daemon(spec.name, command, self.log, postgres.environment(home), owner))
 
     @property
+    def spec(self) -> ServerSpec:
+        """What it is made of now."""
+        return self._spec
+
+    @property
     def name(self) -> str:
         """Its name, unique in the cluster; it says nothing of its role, which may change."""
         return self._spec.name
@@ -115,7 +123,7 @@ class LocalServer(Server):
     @property
     def dsn(self) -> str:
         """The DSN of its superuser, password included: for `psycopg.connect` or as an endpoint of a shard."""
-        return f"postgresql://{template.SUPERUSER}:{self._spec.password}@{HOST}:{self.port}/{_DATABASE}"
+        return f"postgresql://{template.SUPERUSER}:{self._spec.password}@{HOST}:{self.port}/{DATABASE}"
 
     @property
     def role(self) -> Literal["primary", "replica"]:
@@ -173,7 +181,7 @@ class LocalServer(Server):
             if (self._home / "made").exists():
                 return
             self._make_home()
-            source = f"host={self._sockets} port={primary.port} user={template.SUPERUSER}"
+            source = make_conninfo("", host=str(self._sockets), port=primary.port, user=template.SUPERUSER)
             how = [
                 "--checkpoint=fast",
                 "--wal-method=stream",
@@ -201,17 +209,31 @@ class LocalServer(Server):
                 self.start()  # it was made by a call whose caller has died
                 return
             self.stop()
-            self._spec = replace(self._spec, upstream=upstream)
+            # The copy has the roles of the other one, hence its password.
+            self._spec = replace(self._spec, upstream=upstream, password=primary.spec.password)
             (self._home / "made").unlink(missing_ok=True)
-            with primary.connect_locally() as connection:
-                connection.execute(
-                    "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots"
-                    " WHERE slot_name = %s AND NOT active",
-                    (self.slot,),
-                )
+            self._drop_slot(primary)
             self.create_from(primary)
             self._forget_settings("primary_conninfo", "primary_slot_name", "default_transaction_read_only")
             self.start()
+
+    def discard(self, primary: LocalServer) -> None:
+        """Remove a replica that came to nothing, and what its primary keeps for it."""
+        with self._lock:
+            self.kill()
+            shutil.rmtree(self._home, ignore_errors=True)
+            try:
+                self._drop_slot(primary)
+            except psycopg.OperationalError as error:
+                _log.warning("%s may keep WAL for the slot %r: %s", primary.name, self.slot, error)
+
+    def _drop_slot(self, primary: LocalServer) -> None:
+        with primary.connect_locally() as connection:
+            connection.execute(
+                "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots"
+                " WHERE slot_name = %s AND NOT active",
+                (self.slot,),
+            )
 
     def _forget_settings(self, *names: str) -> None:
         """Take settings of the server that this one is a copy of out of what `ALTER SYSTEM` has written."""
@@ -222,7 +244,7 @@ class LocalServer(Server):
     @property
     def slot(self) -> str:
         """Name of the physical replication slot it uses on its primary."""
-        return self.name.replace("-", "_")
+        return self.name.replace("-", "_").lower()
 
     def _make_home(self) -> None:
         # A start that was cut short left half a data folder.
@@ -309,7 +331,7 @@ class LocalServer(Server):
     def connect_locally(self) -> psycopg.Connection[Any]:
         """An autocommit connection over the Unix socket, which asks for no password."""
         return psycopg.connect(
-            host=str(self._sockets), port=self.port, user=template.SUPERUSER, dbname=_DATABASE,
+            host=str(self._sockets), port=self.port, user=template.SUPERUSER, dbname=DATABASE,
             autocommit=True, connect_timeout=10,
         )  # fmt: skip
 

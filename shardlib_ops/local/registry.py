@@ -17,7 +17,7 @@ from typing import Final
 from shardlib_ops.local import places
 from shardlib_ops.local.process import free_shared_memory, kill_all, running_in, started_at
 
-__all__ = ["Entry", "OccupiedError", "clean", "clean_abandoned", "enter", "owner_of"]
+__all__ = ["Entry", "OccupiedError", "clean", "clean_abandoned", "enter", "entry_of", "owner_of"]
 
 _log: Final = logging.getLogger("shardlib.local")
 
@@ -97,10 +97,16 @@ def read(path: Path) -> Entry | None:
 
 def owner_of(directory: Path) -> int | None:
     """The living process that runs a cluster in a folder, None if there is none."""
+    entry = entry_of(directory)
+    return None if entry is None else entry.owner
+
+
+def entry_of(directory: Path) -> Entry | None:
+    """The entry of the cluster that a living process runs in a folder, None if there is none."""
     for path in _folder().glob("*.json"):
         entry = read(path)
         if entry is not None and entry.directory == str(directory) and started_at(entry.owner) == entry.started:
-            return entry.owner
+            return entry
     return None
 
 

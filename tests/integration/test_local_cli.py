@@ -43,7 +43,7 @@ def folder() -> Iterator[str]:
     place.chmod(0o755)
     folder = str(place / "up")
     yield folder
-    run("local", "down", "--dir", folder)
+    run("local", "down", "--dir", folder, "--yes")
     shutil.rmtree(place)
 
 
