@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from shardlib_ops.cli import cluster, demo, local, render, reshard, resharder, shard
+from shardlib_ops.cli import audit, cluster, demo, local, render, reshard, resharder, shard
 
 __all__ = ["app", "main"]
 
@@ -27,6 +27,7 @@ app.add_typer(cluster.app, name="cluster")
 app.add_typer(shard.app, name="shard")
 app.add_typer(reshard.app, name="reshard")
 app.add_typer(resharder.app, name="resharder")
+app.add_typer(audit.app, name="audit")
 app.command()(demo.demo)
 
 
