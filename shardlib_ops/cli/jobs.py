@@ -77,12 +77,13 @@ def waiting_for(job: Job, wish: Wish | None = None) -> str:
     from shardlib_ops.reshard.job import Status
     from shardlib_ops.reshard.job import Wish as Wishes
 
-    if job.paused:
+    if job.paused and wish in (None, Wishes.PAUSE):
         return "paused: `resume` lets it go on"
     if job.error:
         return job.error
-    if not job.status.over and wish in (Wishes.CANCEL, Wishes.ROLLBACK, Wishes.COMPLETE, Wishes.PAUSE):
-        return f"asked to {wish.value}; the resharder that runs it does that"
+    if not job.status.over and (job.paused or wish not in (None, Wishes.RUN)):
+        asked = "go on" if wish in (None, Wishes.RUN) else wish.value
+        return f"asked to {asked}; the resharder that runs it does that"
     if job.started_at is None and not job.status.over:
         return f"no resharder has taken it yet: {render.program()} resharder run {job.id}"
     if job.status is Status.VALIDATION:

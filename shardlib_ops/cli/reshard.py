@@ -209,7 +209,7 @@ def _ask(
     from shardlib_ops.manager.manager import Manager
 
     with Manager.sync(given.lasting(catalog)) as manager:
-        job = manager.get_job(job_id)
+        job, before = manager.get_job(job_id), _beside(catalog, job_id)[0]
         given.agreed(f"{verb.capitalize()} job {job.id} ({job.kind.value}, {job.status.value}) {consequence}?", yes=yes)
         asking: Callable[[int], Job] = getattr(manager, verb)
         job, names = asking(job_id), jobs.names_of(manager.topology())
@@ -219,8 +219,16 @@ def _ask(
     if as_json:
         render.document(jobs.job_content(job, names, _beside(catalog, job_id)[0]))
         return
-    render.console().print(
-        f"asked job {job_id} to {verb}; the resharder that runs it does that, or: "
-        f"{render.program()} resharder run {job_id}",
-        markup=False,
-    )
+    said, does = _told(job_id, verb, before), f"; the resharder that runs it does that, or: {render.program()} "
+    render.console().print(said or f"asked job {job_id} to {verb}{does}resharder run {job_id}", markup=False)
+
+
+def _told(job_id: int, verb: str, before: Wish) -> str:
+    """What is to be said of a `resume` that ends no pause; empty for everything else."""
+    from shardlib_ops.reshard.job import Wish
+
+    if verb != "resume" or before is Wish.PAUSE:
+        return ""
+    if before is Wish.RUN:
+        return f"job {job_id} is not paused"
+    return f"job {job_id} is not paused; it was asked to {before.value}, which is withdrawn unless it has begun"

@@ -37,7 +37,10 @@ class Steering(Base):
         return await asyncio.to_thread(self._jobs.load, _job_id(job_id))
 
     async def pause(self, job_id: int) -> Job:
-        """Let a job stand still between two pieces of its work; streams go on, so that nothing piles up.
+        """Let a job stand still; streams go on, so that nothing piles up. Its record says `paused` when it does.
+
+        Copying rows and deleting old ones stand still where they are. A comparison, the building of indexes and the
+        check of foreign keys end, at the servers too, and begin anew when the job is resumed.
 
         Raises:
             InvalidTopology: no such job, or it is over.
@@ -56,7 +59,9 @@ class Steering(Base):
         return await self._ask(job_id, Wish.RUN, {status for status in Status if not status.over}, "it is over")
 
     async def cancel(self, job_id: int) -> Job:
-        """Undo a job that has not switched: what was copied is deleted from the targets.
+        """Undo a job that has not switched: what was copied is deleted from the targets, whose tables stay.
+
+        Whatever is under way ends within seconds, at the servers too.
 
         Raises:
             InvalidTopology: no such job, it is over, or it has switched.

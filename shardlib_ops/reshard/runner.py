@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import datetime
+from functools import partial
 from typing import Any, Final
 
 from shardlib.errors import InvalidTopology
@@ -21,9 +22,10 @@ from shardlib.topology.moving import announce, finish, moves_of
 from shardlib_ops.reshard.control import Direction
 from shardlib_ops.reshard.cutover import Cutover, Limits, Outcome, ready, reopen
 from shardlib_ops.reshard.gates import change, sweep
-from shardlib_ops.reshard.job import WAY_BACK_LOST, Job, Status, Wish
+from shardlib_ops.reshard.job import WAY_BACK_LOST, Job, Leg, Status, Wish
+from shardlib_ops.reshard.steered import Cancelled, Steered
 from shardlib_ops.reshard.together import together
-from shardlib_ops.reshard.world import Blocked, Failure, Flow, Lost, Superseded, World
+from shardlib_ops.reshard.world import Blocked, Compared, Failure, Flow, Lost, Superseded, World
 
 __all__ = ["JobRunner"]
 
@@ -35,11 +37,6 @@ _ROUNDS_MAX: Final = 5
 _PATIENCE_S: Final = 10.0
 _REPLICATED_S: Final = 10.0
 _SEQUENCE_MARGIN: Final = 1_000
-_UNDOING: Final = "; it is undone, which waits: "
-
-
-class _Cancelled(Exception):  # noqa: N818 - the operator's wish, seen between two chunks
-    pass
 
 
 class JobRunner:
@@ -64,12 +61,17 @@ class JobRunner:
         stay: bool = False,
         step: Callable[[str], Awaitable[None]],
     ) -> None:
-        self.world, self.job, self.limits = world, job.checked(), limits
+        self.world, self.limits = world, limits
+        self._held = Steered(world, job.checked())
         self._complete, self._stay, self._told = complete, stay, step
-        self._saving = asyncio.Lock()
         self._streams_broke = False
         self._not_undone = 0  # times in a row that undoing the job has not begun
-        world.waits = self._note
+        world.waits = self._held.note
+
+    @property
+    def job(self) -> Job:
+        """Its record as it is stored."""
+        return self._held.job
 
     async def go(self) -> Job:
         """Until the job is over, or rests in `validation`.
@@ -83,7 +85,7 @@ class JobRunner:
                 if await self._advance():
                     return self.job
                 failures = 0
-            except _Cancelled:
+            except Cancelled:
                 continue
             except Failure as failure:
                 await self._fail(str(failure))
@@ -96,31 +98,12 @@ class JobRunner:
     async def _step(self, name: str) -> None:
         await self._told(name)
 
-    async def _save(self, job: Job) -> None:
-        async with self._saving:
-            await self.world.save(job)
-            self.job = job
-
     async def _to(self, status: Status, **changes: Any) -> None:
-        await self._save(self.job.to(status, **changes))
+        await self._held.to(status, **changes)
         await self._step(f"status_{status.value}")
 
     async def _note(self, error: str | None) -> None:
-        """Write down what the job waits for, if that can be written down now; None: for nothing any more."""
-        async with self._saving:
-            if self.job.outcome is Status.FAILED:
-                error = f"{self._reason}{_UNDOING}{error}" if error else self._reason
-            if self.job.error == error or self.job.status.over:
-                return
-            job = self.job.changed(error=error)
-            with suppress(Lost):
-                await self.world.save(job)
-            self.job = job
-
-    @property
-    def _reason(self) -> str | None:
-        """Why the job failed; None if it did not."""
-        return (self.job.error or "").partition(_UNDOING)[0] if self.job.outcome is Status.FAILED else None
+        await self._held.note(error)
 
     async def _fail(self, reason: str) -> None:
         """Before the switch the job is undone; after it there is nothing to undo, and the operator decides."""
@@ -167,14 +150,14 @@ class JobRunner:
         await self._claim()
         servers = await self._servers()
         if self.job.started_at is None:
-            await self._save(self.job.changed(started_at=self.world.stamp(), servers=servers))
+            await self._held.change(started_at=self.world.stamp(), servers=servers)
         state = self._state(await self.world.topology())
         if self.job.status is Status.CLEANUP:
             await self._clean_up()
             return True
         if not self.job.servers or (self.job.status is Status.PENDING and servers != self.job.servers):
             # Nothing is copied yet; or an earlier release has begun the job, which did not write this down.
-            await self._save(self.job.changed(servers=servers))
+            await self._held.change(servers=servers)
         if state is MoveState.SWITCHED:
             if self.job.status not in (Status.CUTOVER, Status.VALIDATION):
                 raise Superseded(f"job {self.job.id} is switched, and was not that far when this runner read it")
@@ -187,6 +170,7 @@ class JobRunner:
             await self._undo(Status.CANCELLED, None, announced=state is not None)
         else:
             if self.job.status is Status.PENDING:
+                await self._pause()
                 await self._prepare(announced=state is not None)
             elif servers != self.job.servers:
                 await self._start_over(servers)
@@ -222,9 +206,9 @@ class JobRunner:
 
     async def _prepare(self, *, announced: bool, error: str | None = None, **changes: Any) -> None:
         for leg in self.job.legs:
-            await self.world.schema_before_rows(leg)
+            await self._held.obeying(partial(self.world.schema_before_rows, leg))
         await self._step("schema_copied")
-        await together(self.world.side(shard_id).prepare() for shard_id in self.job.shards)
+        await self._held.obeying(lambda: together(self.world.side(shard_id).prepare() for shard_id in self.job.shards))
         await self._step("sides_prepared")
         if not announced:
             await change(self.world, self._announced)
@@ -250,17 +234,7 @@ class JobRunner:
 
     async def _pause(self) -> None:
         """Awaited between two pieces of long work: obeys the operator."""
-        while True:
-            wish = await self.world.wish()
-            if wish is Wish.CANCEL:
-                raise _Cancelled
-            if wish is not Wish.PAUSE:
-                break
-            if not self.job.paused:
-                await self._save(self.job.changed(paused=True))
-            await self.world.sleep(_LOOK_S)
-        if self.job.paused:
-            await self._save(self.job.changed(paused=False))
+        await self._held.pause()
 
     def _flows(self, direction: Direction) -> dict[int, Flow]:
         return {leg.number: self.world.flow(leg, direction) for leg in self.job.legs}
@@ -272,37 +246,40 @@ class JobRunner:
             if not await self.world.copied(leg):
                 if self.job.status is not Status.PRECOPY:
                     await self._to(Status.PRECOPY, compared={}, error="the copy is made anew: its stream was lost")
-                await self.world.copy(leg, self._pause)
+                await self._held.obeying(partial(self.world.copy, leg, self._pause), stands_still=True)
                 await self._step("leg_copied")
         if self.job.status is Status.PRECOPY:
             for leg in self.job.legs:
-                await self.world.schema_after_rows(leg)
+                await self._held.obeying(partial(self.world.schema_after_rows, leg))
             await self._step("schema_finished")
             await self._to(Status.DELTASYNC, error=None)
         flows = self._flows("forward")
         async with self.world.running(list(flows.values())):
             await self._compare(flows)
             for flow in self._flows("reverse").values():
-                await flow.create_slot()
+                await self._held.obeying(flow.create_slot)
             await self._step("reverse_slots")
             cutover = Cutover(self.world, self.job, "forward", flows, self.limits, self._step, self.world.nonce)
             await self._attempts(cutover)
         await self._to(Status.VALIDATION, switched_at=self.world.stamp(), error=None)
 
+    async def _compared(self, leg: Leg, flows: dict[int, Flow], *, since: str | None) -> Compared:
+        return await self._held.obeying(partial(self.world.compare, leg, flows[leg.number], since=since))
+
     async def _compare(self, flows: dict[int, Flow]) -> None:
         """The whole of each leg once, while it runs."""
         for leg in self.job.legs:
             if leg.number not in self.job.compared:
-                result = await self.world.compare(leg, flows[leg.number], since=None)
-                await self._save(self.job.changed(compared={**self.job.compared, leg.number: result.lsn}))
+                result = await self._compared(leg, flows, since=None)
+                await self._held.change(compared={**self.job.compared, leg.number: result.lsn})
                 await self._step("leg_compared")
 
     async def _compare_changed(self, flows: dict[int, Flow]) -> None:
         """Rounds over what changed since, until little enough is left for the closed window."""
         for leg in self.job.legs:
             for _ in range(_ROUNDS_MAX):
-                result = await self.world.compare(leg, flows[leg.number], since=self.job.compared[leg.number])
-                await self._save(self.job.changed(compared={**self.job.compared, leg.number: result.lsn}))
+                result = await self._compared(leg, flows, since=self.job.compared[leg.number])
+                await self._held.change(compared={**self.job.compared, leg.number: result.lsn})
                 if result.keys <= self.limits.changed_keys:
                     break
 
@@ -322,11 +299,14 @@ class JobRunner:
                 await self._note(waiting)
                 await self.world.sleep(_LOOK_S * (0.5 + self.world.jitter()))
                 continue
+            # Its snapshot waits for them too, and the stream stands still meanwhile.
+            await self._wait_for_old_writers(cutover)
             if cutover.direction == "forward":
                 await self._compare_changed(flows)
                 for leg in self.job.legs:
                     await self.world.advance_sequences(leg, "forward", ahead=_SEQUENCE_MARGIN)
-            await self._wait_for_old_writers(cutover)
+            if await self._wait_for_old_writers(cutover):
+                continue  # much has changed meanwhile
             await sweep(self.world, cutover.serving, budget_s=_SWEEP_S)
             if await self._withdrawn(cutover):
                 return False
@@ -334,7 +314,7 @@ class JobRunner:
             if cutover.direction == "forward" and self.job.status is Status.DELTASYNC:
                 await self._to(Status.CUTOVER, attempts=number)
             else:
-                await self._save(self.job.changed(attempts=number))
+                await self._held.change(attempts=number)
             compared = self.job.compared if cutover.direction == "forward" else {}
             if await cutover.attempt(number, compared) is Outcome.SWITCHED:
                 return True
@@ -345,20 +325,30 @@ class JobRunner:
     async def _withdrawn(self, cutover: Cutover) -> bool:
         return cutover.direction == "reverse" and await self.world.wish() not in (Wish.ROLLBACK, Wish.PAUSE)
 
-    async def _wait_for_old_writers(self, cutover: Cutover) -> None:
+    async def _wait_for_old_writers(self, cutover: Cutover) -> bool:
         """While a transaction is older than an attempt may take, the ranges are not closed for it in vain.
 
-        Not for long: those that come one after the other may end in time.
+        It is waited for until it has ended. Those that come one after the other, and are old by turns, may end in time
+        all the same, so they are waited for a while only.
+
+        Returns:
+            whether one was waited for longer than that while.
         """
-        until = self.world.now() + _PATIENCE_S
-        while self.world.now() < until:
+        began, long = self.world.now(), False
+        while True:
+            waited_s = self.world.now() - began
+            # After the while, those that were old already when it began.
+            older_s = self.limits.budget_s + (waited_s if waited_s > _PATIENCE_S else 0.0)
             found = await together(
-                self.world.side(shard_id).old_writers(older_s=self.limits.budget_s) for shard_id in cutover.serving
+                self.world.side(shard_id).old_writers(older_s=older_s) for shard_id in cutover.serving
             )
             if not (writers := [writer for some in found for writer in some]):
-                return
+                return long
+            long = waited_s > _PATIENCE_S
             await self._note("the switch waits for transactions that write to sharded tables: " + "; ".join(writers))
             await self._pause()
+            if await self._withdrawn(cutover):
+                return True
             await self.world.sleep(_LOOK_S * (0.5 + self.world.jitter()))
 
     async def _validate(self, servers: dict[str, str]) -> bool:
@@ -387,7 +377,7 @@ class JobRunner:
         """Carry back what is written, until the operator decides or the retention is over; whether the job rests."""
         async with self.world.running(list(flows.values())), self._checking_foreign_keys() as checking:
             while True:
-                wish = await self.world.wish()
+                wish = await self._held.heed()
                 if wish is Wish.ROLLBACK:
                     await sweep(self.world, self.job.targets, budget_s=_SWEEP_S)
                     if await self._attempts(
@@ -425,9 +415,12 @@ class JobRunner:
                 checking.exception()  # who waited for it has looked
 
     async def _check_foreign_keys(self) -> None:
-        left = [name for leg in self.job.legs for name in await self.world.validate_foreign_keys(leg)]
+        left = [name for leg in self.job.legs for name in await self._foreign_keys(leg)]
         if left:
             await self._note(f"foreign keys that hold on the source do not hold on the target: {', '.join(left)}")
+
+    async def _foreign_keys(self, leg: Leg) -> tuple[str, ...]:
+        return await self._held.obeying(partial(self.world.validate_foreign_keys, leg))
 
     def _may_complete(self, wish: Wish) -> bool:
         if wish in (Wish.PAUSE, Wish.ROLLBACK):
@@ -453,8 +446,8 @@ class JobRunner:
         for flow in self._flows("reverse").values():
             await flow.drop_slot()  # nobody reads it any more, and it would keep WAL
         if servers != self.job.servers:
-            await self._save(self.job.changed(servers=servers))
-        if self._may_complete(await self.world.wish()):
+            await self._held.change(servers=servers)
+        if self._may_complete(await self._held.heed()):
             return await self._complete_now()
         if WAY_BACK_LOST not in (self.job.error or ""):
             await self._note(WAY_BACK_LOST)
@@ -474,7 +467,7 @@ class JobRunner:
             await self._step("slots_dropped")
             old = {leg.source if done else leg.target: leg for leg in self.job.legs}
             for shard_id, leg in old.items():
-                await self.world.purge(leg, shard_id, self._breathe)
+                await self.world.purge(leg, shard_id, self._pause)
                 # Promoted without that, a replica would show the old rows again, which nothing hides any more.
                 await self.world.side(shard_id).replicated(timeout_s=_REPLICATED_S)
                 await self._step("shard_purged")
@@ -488,13 +481,8 @@ class JobRunner:
             raise Blocked("the job's moves were announced after all")
         await together(self.world.side(shard_id).retire() for shard_id in self.job.shards)
         await self._step("retired")
-        await self._to(outcome, completed_at=self.world.stamp(), error=self._reason)
+        await self._to(outcome, completed_at=self.world.stamp(), error=self._held.reason)
 
     async def _drop_slots(self) -> None:
         flows: list[Flow] = [*self._flows("forward").values(), *self._flows("reverse").values()]
         await together(flow.drop_slot() for flow in flows)
-
-    async def _breathe(self) -> None:
-        """Awaited between two batches of a purge, which nothing interrupts but a pause."""
-        while await self.world.wish() is Wish.PAUSE:
-            await self.world.sleep(_LOOK_S)

@@ -181,6 +181,11 @@ def test_a_job_before_its_switch_can_be_paused_and_cancelled(ops: Ops) -> None:
     assert "validation" in str(ops.refused("reshard", "complete", number, "--yes"))
     assert ops.json("reshard", "pause", number)["asked"] == "pause"
     assert ops.json("reshard", "resume", number)["asked"] == "run"
+    assert ops("reshard", "resume", number).stdout.strip() == f"job {number} is not paused"
+    ops("reshard", "pause", number)
+    assert f"asked job {number} to resume" in ops("reshard", "resume", number).stdout
+    ops("reshard", "cancel", number, "--yes")
+    assert "asked to cancel, which is withdrawn" in ops("reshard", "resume", number).stdout
     told = ops("reshard", "cancel", number, typed="y\n")
     assert f"Cancel job {number}" in told.stderr
     assert f"asked job {number} to cancel" in told.stdout

@@ -56,8 +56,8 @@ class Yard:
             return None if crate is None else crate.weight
 
     @asynccontextmanager
-    async def stranger(self) -> AsyncIterator[AsyncConnection[tuple[object, ...]]]:
-        dsn = self.cluster.servers[0].dsn
+    async def stranger(self, server: int = 0) -> AsyncIterator[AsyncConnection[tuple[object, ...]]]:
+        dsn = self.cluster.servers[server].dsn
         async with await AsyncConnection.connect(dsn, autocommit=True, application_name="old report") as conn:
             yield conn
 
@@ -147,9 +147,7 @@ async def test_a_writer_behind_a_gate_that_stays_open_cannot_write_past_the_swit
             await conn.execute("UPDATE crate SET weight = 1 WHERE owner = %s", (stays,))
 
         async with yard.moving(moves, step) as (manager, job, running):
-            await said(
-                manager, job, "gave way: transactions write to sharded tables", f"process {conn.info.backend_pid}"
-            )
+            await said(manager, job, "transactions", "write to sharded tables", f"process {conn.info.backend_pid}")
             await asyncio.sleep(1)
             assert not running.done()
             await conn.execute("UPDATE crate SET weight = 5 WHERE owner = %s", (moves,))
@@ -180,3 +178,54 @@ async def test_a_forgotten_session_is_ended_by_the_server_and_the_job_goes_on(ya
         session.close()
     assert yard.weight(key) == 0
     assert yard.engine.shard_for(key).id == "s2"
+
+
+@pytest.mark.parametrize("verb", ["cancel", "pause"])
+async def test_an_operator_ends_a_comparison_at_the_servers_too(yard: Yard, verb: str) -> None:
+    """It waits for a lock that nobody gives back, as it would be busy for hours with many rows."""
+    key = yard.take()
+    async with yard.stranger(1) as holder, yard.stranger(1) as look:
+        held = asyncio.Event()
+
+        async def step(name: str) -> None:
+            if name == "status_deltasync" and not held.is_set():
+                await holder.execute("BEGIN")
+                await holder.execute("LOCK TABLE crate IN ACCESS EXCLUSIVE MODE")
+                held.set()
+
+        async def compares(job: Job, wanted: int) -> None:
+            statement = (
+                "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE %s AND state = 'active'"
+                " AND wait_event_type = 'Lock'"
+            )
+            async with asyncio.timeout(60):
+                found = None
+                while found != (wanted,):
+                    await asyncio.sleep(0.1)
+                    found = await (await look.execute(statement, (f"shardlib job {job.id} % compare%",))).fetchone()
+
+        async with yard.moving(key, step) as (manager, job, running):
+            async with asyncio.timeout(60):
+                await held.wait()
+            await compares(job, 1)
+            if verb == "cancel":
+                await manager.cancel(job.id)
+            else:
+                await manager.pause(job.id)
+            await compares(job, 0)
+            assert not running.done()
+            if verb == "pause":
+                paused = False
+                async with asyncio.timeout(60):
+                    while not paused:
+                        await asyncio.sleep(0.1)
+                        paused = (await manager.get_job(job.id)).paused
+            await holder.execute("ROLLBACK")
+            if verb == "pause":
+                await manager.resume(job.id)
+                await ended(running)
+                return
+            async with asyncio.timeout(60):
+                assert (await running).status is Status.CANCELLED
+    assert yard.weight(key) == 0
+    assert yard.engine.shard_for(key).id == "s1"
