@@ -154,8 +154,8 @@ def _unpinned(session: ShardedSession, needs: Needs, all_shards: bool, order_is_
         if needs.per_key_rows is None:
             raise UnsupportedCrossShardQuery(
                 f"{needs.merge} over {len(legs)} shards would need their rows to be merged, which is not done yet",
-                "name one shard key in the criteria, or run it for each shard in a pinned session and put the parts "
-                "together",
+                "name one shard key in the criteria, or run it for each shard in a session that a key of it pins, and "
+                'put the parts together: "One answer from all shards" in docs/how-to/transactions.md',
             )
         _check_together(session, needs)
     return legs
