@@ -19,6 +19,7 @@ __all__ = [
     "advance",
     "claim",
     "claimed",
+    "clear_control",
     "create_keys",
     "drop_control",
     "keys_table",
@@ -117,13 +118,26 @@ async def create_keys(conn: AsyncConnection[Any], runner: Runner) -> None:
             await conn.execute(sql.SQL("GRANT SELECT ON {} TO {}").format(name, sql.Identifier(role)))
 
 
-async def drop_control(conn: AsyncConnection[Any], runner: Runner) -> None:
-    """Forget the job on this shard: the last thing a runner does there."""
+async def clear_control(conn: AsyncConnection[Any], runner: Runner) -> None:
+    """Forget what the job has written down on this shard, but not who held it: the last thing a runner does there.
+
+    A runner that has slept since before that would take a job that is forgotten for one that nobody has held yet.
+    """
     async with conn.transaction():
-        await conn.execute(claimed(runner))
-        for table in ("copied", "position"):
-            await conn.execute(f"DELETE FROM shardlib.{table} WHERE job = %s".encode(), (runner.job,))
+        await _clear(conn, runner)
+
+
+async def drop_control(conn: AsyncConnection[Any], runner: Runner) -> None:
+    """Forget the job on this shard, and who held it: for one whose number is used again."""
+    async with conn.transaction():
+        await _clear(conn, runner)
         await conn.execute("DELETE FROM shardlib.job WHERE id = %s", (runner.job,))
+
+
+async def _clear(conn: AsyncConnection[Any], runner: Runner) -> None:
+    await conn.execute(claimed(runner))
+    for table in ("copied", "position"):
+        await conn.execute(f"DELETE FROM shardlib.{table} WHERE job = %s".encode(), (runner.job,))
 
 
 async def position(conn: AsyncConnection[Any], job: int, leg: int, direction: Direction) -> str | None:

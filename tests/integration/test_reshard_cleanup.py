@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from shardlib.errors import InvalidArgument, InvalidTopology
 from shardlib.ring import TokenRange
 from shardlib_ops import LocalCluster
 from shardlib_ops.reshard import control
-from shardlib_ops.reshard.cleanup import horizon, leftovers, old_readers, purge, readers_gone, retire
+from shardlib_ops.reshard.cleanup import leftovers, purge, retire
 from shardlib_ops.reshard.connect import Runner, is_superseded
 from shardlib_ops.reshard.guard import activate_guard, foreign_writers, install_guard
 from shardlib_ops.reshard.world import Blocked
@@ -29,7 +29,7 @@ Make = Callable[..., AbstractAsyncContextManager[OldSide]]
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[LocalCluster]:
-    with LocalCluster(shards=1, replicas=1, settings={"max_prepared_transactions": "10"}) as cluster:
+    with LocalCluster(shards=1) as cluster:
         yield cluster
 
 
@@ -257,61 +257,6 @@ async def test_a_locked_row_is_waited_for_and_then_its_holder_named(make: Make) 
         assert await purge(side.link, side.shapes) == 30
 
 
-async def test_old_readers_are_waited_for_and_named(make: Make, servers: LocalCluster) -> None:
-    async with make("CREATE TABLE readers (k text PRIMARY KEY)", ("readers", ("k",))) as side:
-        await side.look.execute("INSERT INTO readers VALUES ('x')")
-        await servers_in_step(side, servers)
-        replica_dsn = servers.replicas("shard-01")[0].dsn
-        async with (
-            side.client(application_name="long report") as old,
-            side.client() as new,
-            await psycopg.AsyncConnection.connect(replica_dsn, autocommit=True) as replica,
-            await psycopg.AsyncConnection.connect(replica_dsn, application_name="replica report") as far,
-        ):
-            await old.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
-            await old.execute("SELECT * FROM readers")
-            await far.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            await far.execute("SELECT * FROM readers")
-            async with side.client() as client:
-                await client.execute("BEGIN")
-                await client.execute("INSERT INTO readers VALUES ('y')")
-                await client.execute("PREPARE TRANSACTION 'undecided'")
-            before = await horizon(side.conn)
-            replicas = {"r1": replica}
-            names = await old_readers(side.conn, replicas, before=before)
-            assert any("long report" in name for name in names)
-            assert any(name.startswith("replica r1: ") and "replica report" in name for name in names)
-            assert any("prepared transaction 'undecided' of " in name for name in names)
-            await side.look.execute("ROLLBACK PREPARED 'undecided'")
-            await new.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
-            await new.execute("SELECT * FROM readers")
-            names = await old_readers(side.conn, replicas, before=before)
-            assert any("long report" in name for name in names)
-            assert not any(f"process {new.info.backend_pid} " in name for name in names)
-            with pytest.raises(Blocked, match=f"process {old.info.backend_pid} "):
-                await readers_gone(side.conn, replicas, before=before, timeout_s=0.3)
-            await old.execute("COMMIT")
-            with pytest.raises(Blocked, match="replica report"):
-                await readers_gone(side.conn, replicas, before=before, timeout_s=0.3)
-            waiting = asyncio.create_task(readers_gone(side.conn, replicas, before=before, timeout_s=30))
-            await far.rollback()
-            await asyncio.wait_for(waiting, 20)
-            await new.execute("COMMIT")
-
-
-async def servers_in_step(side: OldSide, servers: LocalCluster) -> None:
-    """The replica has what the primary has."""
-    (end,) = (await side.fetch("SELECT pg_current_wal_flush_lsn()::text"))[0]
-    async with await psycopg.AsyncConnection.connect(servers.replicas("shard-01")[0].dsn, autocommit=True) as conn:
-        async with asyncio.timeout(20):
-            while True:
-                found = await conn.execute("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", (end,))
-                row = await found.fetchone()
-                if row is not None and row[0]:
-                    return
-                await asyncio.sleep(0.01)
-
-
 async def test_nothing_of_a_job_stays(make: Make) -> None:
     ddl = "CREATE TABLE retired (k text PRIMARY KEY);"
     ddl += "CREATE TABLE beside (k text, PRIMARY KEY (k)) PARTITION BY HASH (k);"
@@ -331,7 +276,7 @@ async def test_nothing_of_a_job_stays(make: Make) -> None:
         await control.claim(side.conn, neighbour)
         await control.create_keys(side.conn, neighbour)
         left = await leftovers(side.conn, side.job)
-        assert len(left) == 2 + 1 + 6 + 2 + 1 + 1 + 1 + 1, left
+        assert len(left) == 2 + 1 + 6 + 2 + 1 + 1 + 1, left
         for what in (slots[0], name, "~shardlib_job", f"job_{side.job}_guard_", f"job_{side.job}_keys", "copied"):
             assert any(what in line for line in left), (what, left)
 
@@ -341,7 +286,7 @@ async def test_nothing_of_a_job_stays(make: Make) -> None:
             await client.execute("SELECT * FROM retired")
             with pytest.raises(Blocked, match="keeps a table"):
                 await retire(side.conn, side.runner, slots=slots, publication=name, budget_s=0.5)
-        assert await leftovers(side.conn, side.job), "what is left is known, and the job is still held"
+        assert await leftovers(side.conn, side.job), "what is left is known"
         reader.close()
         for _ in range(2):
             await retire(side.conn, side.runner, slots=slots, publication=name)
@@ -349,7 +294,7 @@ async def test_nothing_of_a_job_stays(make: Make) -> None:
         for table in tables:
             assert await side.fetch(f"SELECT count(*) FROM pg_trigger WHERE tgrelid = '{table}'::regclass") == [(0,)]
         await side.look.execute("INSERT INTO retired VALUES (%s)", (side.some(True, 1)[0],))
-        assert len(await leftovers(side.conn, neighbour.job)) == 2
+        assert len(await leftovers(side.conn, neighbour.job)) == 1
         await retire(side.conn, neighbour, slots=(), publication=control.publication(neighbour.job))
         assert await leftovers(side.conn, neighbour.job) == []
 
@@ -377,5 +322,60 @@ async def test_a_runner_that_lost_the_job_retires_nothing(make: Make) -> None:
             await retire(side.conn, side.runner, slots=[slot], publication="x")
         assert is_superseded(caught.value)
         assert any(slot in line for line in await leftovers(side.conn, side.job))
+        await retire(side.conn, Runner(side.job, 2), slots=[slot], publication="x")
+        assert await leftovers(side.conn, side.job) == []
+
+
+async def test_a_runner_that_slept_through_the_end_of_a_job_cannot_take_it_again(make: Make) -> None:
+    async with make("CREATE TABLE over (k text PRIMARY KEY)", ("over", ("k",))) as side:
+        later, name = Runner(side.job, 5), control.publication(side.job)
+        await control.claim(side.conn, later)
+        await retire(side.conn, later, slots=(), publication=name)
+        assert await leftovers(side.conn, side.job) == []
+        for slept in (side.runner, Runner(side.job, 4)):
+            with pytest.raises(psycopg.Error) as caught:
+                await control.claim(side.conn, slept)
+            assert is_superseded(caught.value)
+        # Who follows the one that died before it could say that the job is over.
+        await control.claim(side.conn, Runner(side.job, 6))
+        await retire(side.conn, Runner(side.job, 6), slots=(), publication=name)
+        assert await leftovers(side.conn, side.job) == []
+
+
+class Watched:
+    """A connection that does something before a statement is sent."""
+
+    def __init__(self, conn: psycopg.AsyncConnection[Any], part: str, before: Callable[[], Awaitable[None]]) -> None:
+        self._conn, self._part, self._before = conn, part, before
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._conn, name)
+
+    async def execute(self, query: Any, *rest: Any) -> Any:
+        if self._part in str(query):
+            await self._before()
+        return await self._conn.execute(query, *rest)
+
+
+async def test_a_later_runner_cannot_take_the_job_while_a_slot_is_dropped(make: Make) -> None:
+    """It would make a slot of the same name, and that one would be dropped."""
+    async with make("CREATE TABLE slots (k text PRIMARY KEY)", ("slots", ("k",))) as side:
+        slot = control.slot(side.job, 1, "forward")
+        await side.look.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", (slot,))
+        tasks: list[asyncio.Task[None]] = []
+        early: set[asyncio.Task[None]] = set()
+
+        async def another() -> None:
+            tasks.append(asyncio.create_task(control._take(side.look, Runner(side.job, 2))))
+            done, _ = await asyncio.wait(tasks, timeout=1.0)
+            early.update(done)
+
+        conn: Any = Watched(side.conn, "pg_drop_replication_slot", another)
+        with pytest.raises(psycopg.Error) as caught:
+            await retire(conn, side.runner, slots=[slot], publication="x")
+        assert is_superseded(caught.value)
+        assert early == set(), "another runner held the job when the slot was dropped"
+        await asyncio.wait_for(tasks[0], 20)
+        assert not any(slot in line for line in await leftovers(side.conn, side.job))
         await retire(side.conn, Runner(side.job, 2), slots=[slot], publication="x")
         assert await leftovers(side.conn, side.job) == []

@@ -92,7 +92,7 @@ class FakeShard:
     Attributes:
         seen: what a snapshot taken now sees.
         logged: what the WAL says: commits that are not visible yet included.
-        token: who holds the job here; None if nobody ever did, or the job is retired.
+        token: who holds the job here, or held it last; None if nobody ever did.
         keys: the job's key table, key -> LSN on the other side; None while there is none.
         guard: None: not installed; else whether it refuses.
         may_commit: told of each client's commit: shard, key; violations are found there.
@@ -310,7 +310,7 @@ class FakeShard:
         """Everything of the job is gone."""
         for name in names:
             self.slots.pop(name, None)
-        self.keys = self.guard = self.token = None
+        self.keys = self.guard = None  # the token stays, so that a runner from before that is refused
         self.position.clear()
         self.copied.clear()
         self.tell()

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Sequence
 from typing import Any, Final
 
 from psycopg import AsyncConnection, sql
-from psycopg import errors as pg
 
 from shardlib_ops.reshard.connect import Runner
-from shardlib_ops.reshard.control import claimed, drop_control, keys_table
+from shardlib_ops.reshard.control import clear_control, keys_table
 from shardlib_ops.reshard.locks import with_short_locks
-from shardlib_ops.reshard.world import Blocked
+from shardlib_ops.reshard.stream.slot import drop_slot
 
 __all__ = ["leftovers", "retire"]
-
-_SLOT_S: Final = 30.0
-_TERMINATE_MS: Final = 5000
-_PAUSE_FIRST_S: Final = 0.01
-_PAUSE_MAX_S: Final = 0.5
 
 
 async def retire(
@@ -28,25 +20,27 @@ async def retire(
 ) -> None:
     """Remove what a job made in this database: slots, publication, guard, key table, control rows. Idempotent.
 
+    What stays is a row of `shardlib.job`, which refuses runners that held the job earlier.
+
     No topology may name the job's moves any more, and no transaction that knows one that did may be in flight: scans
     look at the key table.
 
     Args:
         conn: autocommit connection to the shard's primary.
-        runner: who is at work. It holds the job here, or the job is gone from here already.
+        runner: who is at work. It holds the job here, or nothing of the job is here any more.
         slots: names of the job's replication slots of this server; who reads from one is ended.
         publication: name of the job's publication.
         budget_s: seconds for each step.
 
     Raises:
-        Blocked: somebody uses a table, or a slot, for longer than the budget; it is named.
+        Blocked: somebody uses a table for longer than the budget; it is named.
+        ShardUnavailable: somebody reads from a slot again and again.
         psycopg.Error: SQLSTATE SL001 if a later runner holds the job.
     """
     if not await leftovers(conn, runner.job):
         return
     for name in slots:
-        await conn.execute(claimed(runner))
-        await _drop_slot(conn, name, budget_s)
+        await drop_slot(conn, name, runner=runner)
     await _drop(
         conn,
         runner,
@@ -64,14 +58,14 @@ async def retire(
     if row is not None and row[0] is not None:
         drop = sql.SQL("DROP TABLE IF EXISTS {}").format(keys)
         await _drop(conn, runner, drop, [row[0]], "dropping the job's key table", budget_s)
-    await drop_control(conn, runner)
+    await clear_control(conn, runner)
 
 
 async def leftovers(conn: AsyncConnection[Any], job: int) -> list[str]:
     """What is left of a job in this database, one line a thing; empty when it is retired."""
     found = await conn.execute(_LEFT, {"job": job, "name": f"shardlib_job_{job:d}", "prefix": _prefix(job)})
     left = [str(row[0]) for row in await found.fetchall()]
-    row = await (await conn.execute("SELECT to_regclass('shardlib.job') IS NOT NULL")).fetchone()
+    row = await (await conn.execute("SELECT to_regclass('shardlib.copied') IS NOT NULL")).fetchone()
     if row is not None and row[0]:
         found = await conn.execute(_ROWS, {"job": job})
         left += [str(row[0]) for row in await found.fetchall()]
@@ -91,26 +85,6 @@ async def _drop(
     budget_s: float = 30.0,
 ) -> None:
     await with_short_locks(conn, runner, lambda: conn.execute(statement), tables=tables, what=what, budget_s=budget_s)
-
-
-async def _drop_slot(conn: AsyncConnection[Any], name: str, budget_s: float) -> None:
-    deadline, pause = time.monotonic() + min(budget_s, _SLOT_S), _PAUSE_FIRST_S
-    while True:
-        try:
-            await conn.execute(
-                "SELECT pg_terminate_backend(active_pid, %s) FROM pg_replication_slots"
-                " WHERE slot_name = %s AND active_pid IS NOT NULL",
-                (_TERMINATE_MS, name),
-            )
-            await conn.execute("SELECT pg_drop_replication_slot(%s)", (name,))
-            return
-        except pg.UndefinedObject:
-            return
-        except pg.ObjectInUse as error:
-            if time.monotonic() > deadline:
-                raise Blocked(f"slot {name!r} is in use again each time its reader is ended: {error}") from None
-        await asyncio.sleep(pause)
-        pause = min(pause * 2, _PAUSE_MAX_S)
 
 
 _GUARDS: Final = """
@@ -143,6 +117,4 @@ _ROWS: Final = """
     UNION ALL
     SELECT format('row of leg %%s, table %%s, in shardlib.copied', leg, table_name) FROM shardlib.copied
      WHERE job = %(job)s
-    UNION ALL
-    SELECT format('row %%s in shardlib.job', id) FROM shardlib.job WHERE id = %(job)s
 """
