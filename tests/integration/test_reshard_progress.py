@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
@@ -19,7 +20,7 @@ from shardlib.token import hash_of
 from shardlib_ops import LocalCluster
 from shardlib_ops.manager.manager import Manager
 from shardlib_ops.reshard.job import Job, Status
-from shardlib_ops.reshard.progress import JobProgress
+from shardlib_ops.reshard.progress import JobProgress, Waiting
 from shardlib_ops.reshard.resharder import Resharder
 from shardlib_ops.reshard.store import JobStore
 
@@ -97,6 +98,11 @@ class Town:
         """The job, if it says this of what it waits for."""
         found, _ = self.stored(job)
         return found if said in (found.error or "") else None
+
+    def waiting(self, job: int) -> tuple[Waiting, ...]:
+        """Who stands in the way, as the catalog has it."""
+        _, progress = self.stored(job)
+        return () if progress is None else progress.waiting
 
     def clean(self) -> None:
         """Nothing of any job is left on the servers."""
@@ -290,6 +296,45 @@ async def test_who_keeps_a_switch_from_happening_is_named(town: Town) -> None:
     town.clean()
 
 
+async def test_a_prepared_transaction_that_keeps_a_switch_from_happening_is_named(town: Town) -> None:
+    """It has no process. What it wrote counts, however late it is decided."""
+    job, giver, taker = await town.half()
+    moving, told, halt = town.moving(job), Told(), Halt("reverse_slots")
+    async with Resharder(town.url, on_step=halt, on_progress=told) as resharder, running(resharder, job.id) as task:
+        await halt.there()
+        gates = ", ".join(f"shardlib.{gate}" for (gate,) in town.query(giver, GATES))
+        town.do(
+            giver,
+            "BEGIN",
+            f"LOCK TABLE {gates} IN ACCESS SHARE MODE",
+            f"UPDATE visit SET page = 'decided late' WHERE visitor = '{moving}'",
+            "PREPARE TRANSACTION 'undecided-7'",
+        )
+        try:
+            halt.go_on.set()
+            found = await told.until(lambda now: [one for one in now.waiting if one.kind == "prepared"])
+            (one,) = {(each.gid, each.pid, each.shard, each.user, each.state) for each in found.waiting}
+            assert one == ("undecided-7", None, giver, "postgres", "prepared")
+            assert all("prepared transaction 'undecided-7' of postgres" in each.text for each in found.waiting)
+            (first, *_) = [each for each in found.waiting if each.kind == "prepared"]
+            assert first.since is not None
+            assert re.search(r'shard_reshard_waiting{job="\d+",kind="prepared"} [1-9]', resharder.metrics())
+            # The record says it too, and the catalog has it for whoever looks from elsewhere.
+            await eventually(lambda: town.standing(job.id, "prepared transaction"))
+            await eventually(lambda: "prepared" in {each.kind for each in town.waiting(job.id)})
+            assert not task.done()
+        finally:
+            town.do(giver, "COMMIT PREPARED 'undecided-7'")
+        async with asyncio.timeout(90):
+            done = await task
+        assert (done.status, done.error) == (Status.VALIDATION, None)
+    assert told.all[-1].waiting == ()
+    assert town.query(taker, f"SELECT DISTINCT page FROM visit WHERE visitor = '{moving}'") == [("decided late",)]
+    async with Resharder(town.url) as resharder, asyncio.timeout(60):
+        assert (await resharder.run(job.id, complete=True)).status is Status.COMPLETED
+    town.clean()
+
+
 async def test_a_catalog_that_is_away_stops_the_telling_only(town: Town) -> None:
     """The figures go on in the process; the job goes on by itself when the catalog is back."""
     job, _, _ = await town.half()
@@ -455,7 +500,7 @@ async def test_a_source_that_outruns_its_stream_is_told_of(town: Town) -> None:
                 while not ended.is_set():
                     await conn.execute(f"UPDATE visit SET page = repeat('x', 3000) WHERE visitor = '{moving}'".encode())
                     await conn.execute("SELECT pg_logical_emit_message(false, 'load', repeat('x', 500000))")
-                    await asyncio.sleep(0.05)
+                    await asyncio.sleep(0.2)  # a second of it keeps the target busy for five
 
         writing = asyncio.create_task(write())
         try:
@@ -480,7 +525,7 @@ async def test_a_source_that_outruns_its_stream_is_told_of(town: Town) -> None:
         assert "will not catch up: write less" in said
         assert f'shard_reshard_falls_behind{{job="{job.id}",leg="1",direction="forward"}} 1' in resharder.metrics()
         # When the load is gone it catches up, and says so.
-        await told.until(lambda now: not now.warnings and now.streams and now.streams[0].lag_bytes == 0)
+        await told.until(lambda now: not now.warnings and now.streams and now.streams[0].lag_bytes == 0, 120)
     await cancelled(town, job.id)
     town.clean()
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
 import psycopg
 import pytest
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from shardlib import ShardedEngine
+from shardlib.dsn import Dsn, secrets_of
 from shardlib_ops import LocalCluster
 from shardlib_ops.manager.manager import Manager
 from shardlib_ops.reshard.cutover import Limits
 from shardlib_ops.reshard.job import Job, Status
+from shardlib_ops.reshard.progress import JobProgress, Waiting
 from shardlib_ops.reshard.resharder import Resharder
+from tests.support.eventually import eventually_async
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -40,8 +44,8 @@ class Pair:
             session.add(Parcel(owner=self.key, weight=0))
             session.commit()
 
-    def at_replica(self, statement: str) -> None:
-        (replica,) = self.cluster.replicas("shard-01")
+    def at_replica(self, statement: str, shard: str = "shard-01") -> None:
+        (replica,) = self.cluster.replicas(shard)
         with psycopg.connect(replica.dsn, autocommit=True) as conn:
             conn.execute(statement.encode())
 
@@ -100,3 +104,78 @@ async def test_a_replica_that_somebody_promoted_does_not_count_as_one_that_has_c
         async with asyncio.timeout(60):
             assert (await running).status is Status.CANCELLED
         assert await asyncio.to_thread(pair.add) == "s1"
+
+
+SIDES = pytest.mark.parametrize("shard", ["shard-01", "shard-02"], ids=["source", "target"])
+
+
+class Told:
+    """Runs a job, and hears what it says of the replicas that keep it waiting."""
+
+    def __init__(self, pair: Pair, job: Job) -> None:
+        self.pair, self.job = pair, job
+        self.waiting: tuple[Waiting, ...] = ()
+        self.metrics = ""
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[asyncio.Task[Job]]:
+        def hear(progress: JobProgress) -> None:
+            self.waiting = progress.waiting
+            self.metrics = resharder.metrics()
+
+        async with Resharder(self.pair.cluster.url, on_progress=hear) as resharder:
+            task = asyncio.create_task(resharder.run(self.job.id, complete=True))
+            try:
+                yield task
+            finally:
+                task.cancel()
+                await asyncio.wait([task])
+
+    async def said(self, part: str) -> Waiting:
+        """What it says of one replica, once that has this part."""
+
+        async def found() -> list[Waiting]:
+            return [one for one in self.waiting if one.kind == "replica" and part in one.text]
+
+        (one,) = await eventually_async(found, 60, part)
+        return one
+
+
+@SIDES
+async def test_a_replica_that_is_behind_is_named_in_the_progress(pair: Pair, shard: str) -> None:
+    (replica,) = pair.cluster.replicas(shard)
+    async with Manager(pair.cluster.url) as manager:
+        pair.at_replica("SELECT pg_wal_replay_pause()", shard)
+        told = Told(pair, job := await manager.move_keys([pair.key], target={"shard_id": "s2"}))
+        async with told.running() as task:
+            await gives_way(manager, job, "has not replayed")
+            one = await told.said("has not replayed")
+            assert one.shard == shard
+            assert one.behind_bytes is not None
+            assert one.behind_bytes > 0
+            assert str(Dsn(replica.dsn)) in one.text
+            assert not any(secret in one.text for secret in secrets_of(replica.dsn))
+            assert f'shard_reshard_waiting{{job="{job.id}",kind="replica"}} 1' in told.metrics
+            assert not task.done()
+            pair.at_replica("SELECT pg_wal_replay_resume()", shard)
+            async with asyncio.timeout(90):
+                assert (await task).status is Status.COMPLETED
+        assert told.waiting == ()
+    assert await asyncio.to_thread(pair.add) == "s2"
+
+
+@SIDES
+async def test_a_replica_that_is_away_is_named_in_the_progress(pair: Pair, shard: str) -> None:
+    (replica,) = pair.cluster.replicas(shard)
+    async with Manager(pair.cluster.url) as manager:
+        told = Told(pair, await manager.move_keys([pair.key], target={"shard_id": "s2"}))
+        await asyncio.to_thread(replica.stop)
+        async with told.running() as task:
+            one = await told.said("does not answer")
+            assert (one.shard, one.behind_bytes) == (shard, None)
+            assert str(Dsn(replica.dsn)) in one.text
+            assert not task.done()
+            await asyncio.to_thread(replica.start)
+            async with asyncio.timeout(90):
+                assert (await task).status is Status.COMPLETED
+    assert await asyncio.to_thread(pair.add) == "s2"

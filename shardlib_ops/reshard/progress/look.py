@@ -87,6 +87,9 @@ class Observer:
             topology = self._topology()
             for shard_id in self._serving(topology):
                 await self._safely(self._in_the_way(topology, topology.shard_by_id(shard_id), found))
+            # A switch waits for the replicas of both sides.
+            for shard_id in self._job.shards:
+                await self._safely(self._behind(topology.shard_by_id(shard_id), found))
             self._tracker.waiting = tuple(found[:_NAMED_MAX])
         else:
             self._tracker.waiting = ()
@@ -148,6 +151,9 @@ class Observer:
             self._shapes[shard.id] = await read_shapes(conn, _sharded(topology))
         writers = await foreign_writers(conn, self._shapes[shard.id])
         found += [_writing(shard.name, writer) for writer in writers if writer.age_s >= _IN_THE_WAY_S]
+
+    async def _behind(self, shard: Shard, found: list[Waiting]) -> None:
+        conn = await self._conn(shard.id, shard, shard.primary)
         row = await (await conn.execute("SELECT (pg_current_wal_flush_lsn() - '0/0')::bigint")).fetchone()
         # A replica is behind if it has not replayed what was there at the look before, a second ago or more.
         before, now = self._seen.get(shard.id), None if row is None else int(row[0])

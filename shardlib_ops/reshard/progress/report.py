@@ -47,6 +47,7 @@ async def reported(
         if not reporting.cancelled() and (error := reporting.exception()) is not None:
             _log.error("job %d: its progress was not told any more", tracker.job.id, exc_info=error)
         await observer.close()
+        tracker.waiting = ()  # whoever was seen last is not waited for any more
         last = tracker.progress()
         on_progress(last)
         await asyncio.wait([asyncio.create_task(_write(save, last))], timeout=_LAST_S)
