@@ -30,6 +30,7 @@ class _Options:
     dry_run: bool
     run: bool
     complete: bool
+    max_slot_wal: str | None
     as_json: bool
 
 
@@ -47,9 +48,10 @@ def _options(
     complete: Annotated[
         bool, typer.Option("--complete", help="With --run: delete the old copies at once; there is no rollback then.")
     ] = False,
+    max_slot_wal: resharder.MaxSlotWal = None,
     as_json: given.AsJson = False,
 ) -> _Options:
-    return _Options(catalog, retention, dry_run, run, complete, as_json)
+    return _Options(catalog, retention, dry_run, run, complete, max_slot_wal, as_json)
 
 
 def moves(command: Callable[..., Mapping[str, Any]]) -> Callable[..., None]:
@@ -79,6 +81,9 @@ def _begin(kind: str, arguments: dict[str, Any], options: _Options) -> None:
     given.lasting(options.catalog)
     if options.complete and not options.run:
         raise InvalidArgument("complete", True, "only with --run; later: reshard complete JOB")
+    if options.max_slot_wal is not None and not options.run:
+        raise InvalidArgument("max_slot_wal", options.max_slot_wal, "only with --run; else: resharder run")
+    slot_wal = resharder.slot_wal(options.max_slot_wal)  # wrong ones are refused before a job is made
     if options.run and options.dry_run:
         raise InvalidArgument("run", True, "either --run or --dry-run")
     arguments["retention_s"] = options.retention
@@ -98,7 +103,7 @@ def _begin(kind: str, arguments: dict[str, Any], options: _Options) -> None:
     if options.run:
         if not options.as_json:
             render.console().print(f"job {job.id} ({job.kind.value}) is made", markup=False)
-        resharder.run_job(options.catalog, job.id, complete=options.complete, as_json=options.as_json)
+        resharder.run_job(options.catalog, job.id, complete=options.complete, as_json=options.as_json, **slot_wal)
     elif options.as_json:
         render.document(jobs.job_content(job, names))
     else:

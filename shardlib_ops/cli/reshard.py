@@ -125,6 +125,11 @@ def watch(
     try:
         found = following.until_signal(following.follow(catalog, job, "json" if as_json else "people"))
     except KeyboardInterrupt:
+        render.console(error=True).print(
+            f"not watched any more; job {job} goes on wherever a resharder runs it. "
+            f"To undo it: {render.program()} reshard cancel {job}",
+            markup=False,
+        )
         raise typer.Exit(following.INTERRUPTED) from None
     resharder.ended(catalog, found, as_json=as_json, told=as_json)
 
@@ -137,10 +142,14 @@ def pause(job: given.JobNumber, catalog: given.CatalogUrl, as_json: given.AsJson
 
 @app.command()
 def resume(
-    job: given.JobNumber, catalog: given.CatalogUrl, run: moving.Run = False, as_json: given.AsJson = False
+    job: given.JobNumber,
+    catalog: given.CatalogUrl,
+    run: moving.Run = False,
+    max_slot_wal: resharder.MaxSlotWal = None,
+    as_json: given.AsJson = False,
 ) -> None:
     """Let a paused job go on."""
-    _ask(catalog, job, "resume", run=run, as_json=as_json)
+    _ask(catalog, job, "resume", run=run, max_slot_wal=max_slot_wal, as_json=as_json)
 
 
 @app.command()
@@ -203,18 +212,23 @@ def _ask(
     *,
     yes: bool = True,
     run: bool = False,
+    max_slot_wal: str | None = None,
     as_json: bool,
 ) -> None:
     """Ask something of a job; it happens in the resharder that runs it, or here with `run`."""
+    from shardlib.errors import InvalidArgument
     from shardlib_ops.manager.manager import Manager
 
+    if max_slot_wal is not None and not run:
+        raise InvalidArgument("max_slot_wal", max_slot_wal, "only with --run; else: resharder run")
+    slot_wal = resharder.slot_wal(max_slot_wal)
     with Manager.sync(given.lasting(catalog)) as manager:
         job, before = manager.get_job(job_id), _beside(catalog, job_id)[0]
         given.agreed(f"{verb.capitalize()} job {job.id} ({job.kind.value}, {job.status.value}) {consequence}?", yes=yes)
         asking: Callable[[int], Job] = getattr(manager, verb)
         job, names = asking(job_id), jobs.names_of(manager.topology())
     if run:
-        resharder.run_job(catalog, job_id, complete=False, as_json=as_json)
+        resharder.run_job(catalog, job_id, complete=False, as_json=as_json, **slot_wal)
         return
     if as_json:
         render.document(jobs.job_content(job, names, _beside(catalog, job_id)[0]))

@@ -18,9 +18,19 @@ if TYPE_CHECKING:
     from shardlib_ops.reshard.job import Job
     from shardlib_ops.reshard.resharder import Resharder
 
-__all__ = ["app", "ended", "run_job"]
+__all__ = ["MaxSlotWal", "app", "ended", "run_job", "slot_wal"]
 
 _METRICS_S: Final = 1.0
+
+MaxSlotWal = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="WAL that a server may keep for a slot, such as 16GiB (the default), or `any`: past it a job is undone, "
+        "or gives up its way back once it has switched.",
+        show_default=False,
+    ),
+]
 
 app = typer.Typer(no_args_is_help=True, help="The process that moves the rows.")
 
@@ -40,15 +50,7 @@ def run(
     complete: Annotated[
         bool, typer.Option("--complete", help="Delete the old copies at once; there is no rollback then.")
     ] = False,
-    max_slot_wal: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="WAL that a server may keep for a slot, such as 16GiB (the default), or `any`: past it a job is "
-            "undone or, once switched, gives up its way back.",
-            show_default=False,
-        ),
-    ] = None,
+    max_slot_wal: MaxSlotWal = None,
     metrics_file: Annotated[
         Path | None,
         typer.Option(help="Write Prometheus metrics into this file each second, as for node_exporter's textfile."),
@@ -63,7 +65,7 @@ def run(
     from shardlib.errors import InvalidArgument
 
     given.lasting(catalog)
-    options = _options(max_slot_wal)
+    options = slot_wal(max_slot_wal)
     if job is not None:
         run_job(catalog, job, complete=complete, as_json=as_json, metrics_file=metrics_file, **options)
         return
@@ -72,7 +74,12 @@ def run(
     _serve(catalog, as_json=as_json, metrics_file=metrics_file, **options)
 
 
-def _options(max_slot_wal: str | None) -> dict[str, Any]:
+def slot_wal(max_slot_wal: str | None) -> dict[str, Any]:
+    """The option as an argument of `Resharder`; empty if it was left out.
+
+    Raises:
+        InvalidArgument: it is no size.
+    """
     from shardlib_ops.reshard.units import parse_size
 
     if max_slot_wal is None:
@@ -125,10 +132,31 @@ def run_job(
         job = watch.until_signal(running)
     except KeyboardInterrupt:
         render.console(error=True).print(
-            f"interrupted; job {job_id} stands where it was: {render.program()} resharder run {job_id}", markup=False
+            f"interrupted; job {job_id} stands where it was. To go on: {render.program()} resharder run {job_id}. "
+            f"To undo it: {render.program()} reshard cancel {job_id} --run",
+            markup=False,
         )
         raise typer.Exit(watch.INTERRUPTED) from None
+    if not as_json:
+        _tell_unattended(job)
     ended(catalog, job, as_json=as_json)
+
+
+def _tell_unattended(job: Job) -> None:
+    """A job in `validation` still needs a resharder when this command ends."""
+    from shardlib_ops.reshard.job import WAY_BACK_LOST, Status
+
+    if job.status is not Status.VALIDATION or WAY_BACK_LOST in (job.error or ""):
+        return
+    by_itself = "" if job.retention_s is None else ", and its retention does not end it"
+    render.console(error=True).print(
+        f"job {job.id} is not run here any more. Until a resharder does, the new side's server keeps all WAL since the "
+        f"switch{by_itself}. "
+        f"Keep one running: {render.program()} resharder run. Or decide: {render.program()} reshard complete {job.id} "
+        f"--run, or rollback {job.id} --run",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def ended(catalog: str, job: Job, *, as_json: bool, told: bool = False) -> None:

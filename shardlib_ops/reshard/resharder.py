@@ -32,10 +32,18 @@ _LOOK_S: Final = 1.0
 _BACK_OFF_S: Final = (0.2, 0.5, 1.0, 3.0)
 _BROKEN_S: Final = (1.0, 3.0, 10.0, 30.0)
 _TOLD_MAX: Final = 100
+_PHASES: Final = frozenset(status.value for status in Status if not status.over)
 
 
 async def _unheard(step: str) -> None:
     """The step callback of who does not want to know."""
+
+
+def _say_rests(job: Job) -> None:
+    """The last line of a job in the log of the resharder that has run it."""
+    level = logging.WARNING if job.status is Status.FAILED else logging.INFO
+    what = "over" if job.status.over else "at rest"
+    _log.log(level, "job %d: %s, %s%s", job.id, what, job.status.value, f": {job.error}" if job.error else "")
 
 
 def _note(job_id: int, store: JobStore, lease: Lease, error: Exception) -> None:
@@ -219,17 +227,24 @@ class Resharder:
         beside = JobStore(self._catalog)  # of its own: it is written from another thread than the record
         observer = Observer(job, lambda: world.latest, world.progress)
         try:
+            with suppress(InvalidTopology):  # of another version, say: a job does not fail for its figures
+                world.progress.goes_on(await asyncio.to_thread(beside.progress, job_id))
             runner = JobRunner(world, job, limits=self._limits, complete=complete, stay=stay, step=self._told(job_id))
+            _log.info("job %d (%s): taken, it is in %s", job_id, job.kind.value, job.status.value)
             async with reported(
                 world.progress, observer, lambda one: beside.save_progress(one, lease), on_progress=self._tell
             ):
-                return await runner.go()
+                job = await runner.go()
+            _say_rests(job)
+            return job
         finally:
             await world.close()
 
     def _told(self, job_id: int) -> Callable[[str], Awaitable[None]]:
         async def told(step: str) -> None:
             _log.debug("job %d: %s", job_id, step)
+            if (status := step.removeprefix("status_")) in _PHASES:
+                _log.info("job %d: now in %s", job_id, status)
             await self._step(step)
 
         return told

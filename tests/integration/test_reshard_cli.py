@@ -117,6 +117,7 @@ def test_the_life_of_a_split(ops: Ops) -> None:
     told = ops("reshard", "split", source["name"], "--target", "extra", "--run").output
     assert "job 1 (split) is made" in told
     assert "rests: job 1: validation" in told
+    assert "job 1 is not run here any more" in told
     job = ops.json("reshard", "show", "1")
     assert (job["id"], job["kind"], job["status"], job["asked"], job["error"]) == (
         1,
@@ -235,6 +236,13 @@ SECRET = "postgresql://u:s3cr3t@h/d"
         (["resharder", "run", "99"], InvalidTopology, "no job 99"),
         (["resharder", "run", "--complete"], InvalidArgument, "only with a JOB"),
         (["resharder", "run", "1", "--max-slot-wal", "much"], InvalidArgument, "max_slot_wal='much'"),
+        (
+            ["reshard", "drain", "shard-01", "--run", "--max-slot-wal", "much"],
+            InvalidArgument,
+            "max_slot_wal='much'",
+        ),
+        (["reshard", "drain", "shard-01", "--max-slot-wal", "1GiB"], InvalidArgument, "only with --run"),
+        (["reshard", "resume", "1", "--max-slot-wal", "1GiB"], InvalidArgument, "only with --run"),
     ],
 )
 def test_wrong_input_is_named_without_a_secret(
@@ -286,6 +294,11 @@ def test_a_serving_resharder_takes_jobs_and_stops_at_a_signal(ops: Ops, tmp_path
     assert serving.returncode == 0, err
     assert json.loads(out) == {"stopped": True}
     assert "Traceback" not in err
+    said = [line.partition(f"job {number}")[2] for line in err.splitlines() if f"job {number}" in line]
+    assert said[0] == " (drain): taken, it is in pending", err
+    for phase in ("precopy", "deltasync", "cutover", "validation", "cleanup"):
+        assert said.count(f": now in {phase}") == 1, err
+    assert said[-1] == ": over, rolled_back", err
     text = metrics.read_text()
     assert f'shard_reshard_status{{job="{number}",status="rolled_back"}} 1' in text
     assert "shard_manager_reshard_jobs_active 0" in text
