@@ -45,6 +45,14 @@ class TokenVerifier(Protocol):
         """
         ...
 
+    async def still(self, identity: Identity) -> None:
+        """Look again at somebody who was let in before.
+
+        Raises:
+            Unauthenticated: the token has expired or is denied by now.
+        """
+        ...
+
     async def aclose(self) -> None:
         """Release what it holds; idempotent."""
         ...
@@ -124,6 +132,17 @@ class Verifier:
             await self._denied.check(identity)
         return identity
 
+    async def still(self, identity: Identity) -> None:
+        """Look again at somebody who was let in before.
+
+        Raises:
+            Unauthenticated: the token has expired or is denied by now.
+        """
+        if self._clock() >= identity.expires_at:
+            raise Unauthenticated("expired", identity.subject)
+        if self._denied is not None:
+            await self._denied.check(identity)
+
     async def aclose(self) -> None:
         """End what runs in the background; idempotent."""
         if self._jwks is not None:
@@ -178,6 +197,9 @@ class Everybody:
     async def verify(self, token: str) -> Identity:
         """The admin `dev`, whatever the token is."""
         return Identity("dev", Role.ADMIN, "dev", self._clock() + 3600)
+
+    async def still(self, identity: Identity) -> None:
+        """Everybody stays."""
 
     async def aclose(self) -> None:
         """Nothing to release."""
