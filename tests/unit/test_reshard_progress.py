@@ -209,6 +209,18 @@ def copying() -> JobProgress:
 JOB = Job(7, Kind.SPLIT, (), status=Status.PRECOPY, started_at="2026-11-24T01:00")
 
 
+def test_the_bar_of_a_state_that_is_over_is_not_drawn() -> None:
+    def drawn(job: Job) -> str:
+        out = io.StringIO()
+        Console(file=out, width=140).print(watch._picture(job, Wish.RUN, copying()))
+        return out.getvalue()
+
+    assert "31%" in drawn(JOB)
+    later = drawn(Job(7, Kind.SPLIT, (), status=Status.VALIDATION, started_at="2026-11-24T01:00"))
+    assert "31%" not in later
+    assert "orders" in later
+
+
 def test_the_picture_of_a_terminal_names_all_that_matters() -> None:
     out = io.StringIO()
     Console(file=out, force_terminal=True, width=140).print(watch._picture(JOB, Wish.RUN, copying()))
@@ -269,8 +281,7 @@ def test_lines_of_json_are_told_once_each(capsys: pytest.CaptureFixture[str]) ->
     assert second["progress"]["waiting"][0]["pid"] == 812
 
 
-def test_the_rate_of_a_table_begins_with_its_copy() -> None:
-    now = 0.0
+def two_tables() -> tuple[Topology, Job]:
     shards = {"s1": 256, "s2": 256}
     topology = Topology(
         version=1,
@@ -284,7 +295,37 @@ def test_the_rate_of_a_table_begins_with_its_copy() -> None:
         next_gate=3,
         nonce="n",
     )
-    job = Job(7, Kind.SPLIT, legs_of([("s1", "s2", [TokenRange(0, 9)])]), status=Status.PRECOPY)
+    return topology, Job(7, Kind.SPLIT, legs_of([("s1", "s2", [TokenRange(0, 9)])]), status=Status.PRECOPY)
+
+
+def test_what_an_earlier_runner_has_copied_stays_known() -> None:
+    topology, job = two_tables()
+
+    def taken() -> Tracker:
+        return Tracker(job, topology, clock=lambda: 0.0, stamp=lambda: "then")
+
+    first = taken()
+    first.begins("copy")
+    first.keys(1, 30, exact=True)
+    first.copied(1, Copied("visit", 400, 8_000, 1.0))
+    first.copied(1, Copied("late", 5, 100, 0.5))
+    second = taken()
+    second.goes_on(None)
+    assert second.progress().keys is None
+    second.goes_on(first.progress())
+    visit, late = sorted(second.progress().tables, key=lambda one: one.table, reverse=True)
+    assert (visit.rows, visit.bytes, visit.done) == (400, 8_000, True)
+    assert (late.rows, late.done) == (0, False), "a half is copied again"
+    assert (second.progress().keys, second.progress().keys_exact) == (30, True)
+    second.keys(1, 31)
+    assert (second.progress().keys, second.progress().keys_exact) == (31, False)
+    second.copy_begins(1, anew=True)
+    assert not any(table.done or table.rows for table in second.progress().tables)
+
+
+def test_the_rate_of_a_table_begins_with_its_copy() -> None:
+    now = 0.0
+    topology, job = two_tables()
     tracker = Tracker(job, topology, clock=lambda: now, stamp=lambda: "then")
     tracker.estimated(1, "visit", None, 1000)
     tracker.begins("copy")

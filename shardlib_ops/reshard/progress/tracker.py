@@ -89,12 +89,24 @@ class Tracker:
         self._flows: dict[tuple[int, Direction], _Flow] = {}
         self._keys: dict[int, int] = {}
         self._keys_exact: set[int] = set()
+        self._keys_before: tuple[int, bool] | None = None
         self._deleted: dict[str, int] = {}
         self._activity, self._since = "", clock()
         self.waiting: tuple[Waiting, ...] = ()
         """What stands in the way of a switch, as it was last looked for."""
 
     # Told by the work
+
+    def goes_on(self, before: JobProgress | None) -> None:
+        """An earlier runner was so far, as it told; what this one does not do again stays known."""
+        if before is None:
+            return
+        for told in before.tables:
+            found = self._tables.get((told.leg, told.table))
+            if found is not None and told.done and not found.done:
+                found.rows, found.bytes, found.fraction, found.done = told.rows, told.bytes, 1.0, True
+        if before.keys is not None:
+            self._keys_before = (before.keys, before.keys_exact)
 
     def saved(self, job: Job) -> None:
         """The job's record is this now."""
@@ -128,6 +140,7 @@ class Tracker:
             if number == leg and (anew or not table.done):
                 table.rows, table.bytes, table.fraction, table.done = 0, 0, 0.0, False
         self._keys_exact.discard(leg)
+        self._keys_before = None
 
     def keys(self, leg: int, found: int, *, exact: bool = False) -> None:
         """So many distinct keys of a leg were found; all of them, if `exact`."""
@@ -200,7 +213,7 @@ class Tracker:
     def progress(self) -> JobProgress:
         """How far the job is now."""
         tables = sorted(self._tables.items(), key=_under_way_first)
-        keys = sum(self._keys.values()) if self._keys else None
+        keys, exact = self._found()
         return JobProgress(
             job=self.job.id,
             at=self._stamp(),
@@ -209,7 +222,7 @@ class Tracker:
             activity_s=round(self._clock() - self._since, 1),
             fraction=round(self._fraction(), 4),
             keys=keys,
-            keys_exact=keys is not None and len(self._keys_exact) == len(self._legs),
+            keys_exact=exact,
             tables=tuple(_table(leg, name, table) for (leg, name), table in tables[:TABLES_MAX]),
             tables_left_out=max(0, len(tables) - TABLES_MAX),
             streams=tuple(
@@ -221,6 +234,12 @@ class Tracker:
             waiting=self.waiting,
             warnings=tuple(self._warnings()),
         )
+
+    def _found(self) -> tuple[int | None, bool]:
+        """How many keys were found, and whether all."""
+        if not self._keys:
+            return self._keys_before or (None, False)
+        return sum(self._keys.values()), len(self._keys_exact) == len(self._legs)
 
     def _fraction(self) -> float:
         status = self.job.status
