@@ -41,12 +41,13 @@ def open_catalog(url: str, *, timeout_s: float = 3.0, poll_s: float = POLL_S) ->
         InvalidArgument: not such a URL. The message never holds a password.
     """
     if not isinstance(url, str):
-        raise InvalidArgument("url", type(url).__name__, _FORMS)
+        # Of another object only the type, since it may hold a password.
+        raise InvalidArgument("url", None if url is None else type(url).__name__, _FORMS)
     scheme = url.split("://", 1)[0] if "://" in url else ""
     if scheme == "memory":
         name = url.removeprefix("memory://").rstrip("/")
         if not name or "/" in name or "?" in name or "@" in name:
-            raise InvalidArgument("url", "memory://...", "memory://name, a name without / ? @")
+            raise InvalidArgument("url", _shown(url), "memory://name, a name without / ? @")
         return StoredCatalog(MemoryStore(name), timeout_s=timeout_s, poll_s=poll_s)
     if scheme in ("postgresql", "postgres"):
         return StoredCatalog(_postgres(url), timeout_s=timeout_s, poll_s=poll_s)
@@ -85,7 +86,7 @@ def _etcd(url: str, *, tls: bool) -> Store:
     name = parts.path.strip("/")
     endpoints = tuple(_endpoint(text) for text in hosts.split(","))
     if not name or not all(endpoints) or bool(login) != bool(user and colon and password):
-        raise InvalidArgument("url", f"{'etcds' if tls else 'etcd'}://***", _FORMS)
+        raise InvalidArgument("url", _shown(url), _FORMS)
     if unknown := set(options) - set(_FILES):
         raise InvalidArgument("url", f"?{min(unknown)}=...", f"an etcd URL knows {', '.join(_FILES)}")
     files = {key: values[-1] for key, values in options.items()}
@@ -103,6 +104,14 @@ def _etcd(url: str, *, tls: bool) -> Store:
             **files,
         )
     )
+
+
+def _shown(url: str) -> str:
+    """A wrong URL as far as no part of it can be a password: without a login, and with nothing like one."""
+    scheme, _, rest = url.partition("://")
+    hosts, slash, name = rest.partition("/")
+    plain = "@" not in unquote(rest) and all(":" not in part or _endpoint(part) for part in hosts.split(","))
+    return f"{scheme}://{hosts}{slash}{name.partition('?')[0]}" if plain and ":" not in name else f"{scheme}://***"
 
 
 def _endpoint(text: str) -> str:

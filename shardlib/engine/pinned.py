@@ -12,6 +12,7 @@ from sqlalchemy.schema import DDLElement
 from shardlib.errors import ShardKeyMismatch, ShardUnavailable, StaleTopology
 from shardlib.fence.connection import begins_without_gate, lock_gates, start
 from shardlib.fence.verdict import GateClosed, Silent, lost_connection
+from shardlib.key.composite import shown_key
 from shardlib.route.needs import Scope
 from shardlib.session.core import DEAD_MAX, Core, as_sqlalchemy, begun_by_status, check_active, is_read_only
 from shardlib.session.statements import keyless_write, pinned_needs, refuse_raw
@@ -92,7 +93,7 @@ class _Pin:
         needs = pinned_needs(statement, sets or one or None, self._core.described)
         for key in needs.keys:
             if key != self._key:
-                raise ShardKeyMismatch(self._key.decode(errors="replace"), key.decode(errors="replace"), "a statement")
+                raise ShardKeyMismatch(shown_key(self._key), shown_key(key), "a statement")
         if needs.writes and conn.shard is not None and conn.shard.status is Status.READONLY:
             raise is_read_only(conn.shard)
         if needs.scope is not Scope.SCAN:

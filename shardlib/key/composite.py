@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from shardlib.errors import InvalidShardKey
 
-__all__ = ["SEPARATOR", "copy_key", "join_parts"]
+__all__ = ["SEPARATOR", "copy_key", "join_parts", "shown_key"]
 
 SEPARATOR = b"\0"
 """What stands between two parts."""
@@ -37,6 +37,12 @@ def join_parts(parts: Iterable[bytes]) -> bytes:
     if key.count(SEPARATOR) != len(listed) - 1:
         raise InvalidShardKey(listed, "a part holds a zero byte, which PostgreSQL's text never does")
     return key
+
+
+def shown_key(key: bytes) -> str | tuple[str, ...]:
+    """Key bytes for a message: the text, or of several columns the tuple of the texts."""
+    parts = key.decode(errors="replace").split(SEPARATOR.decode())
+    return tuple(parts) if len(parts) > 1 else parts[0]
 
 
 def copy_key(fields: Sequence[bytes]) -> bytes:

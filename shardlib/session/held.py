@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from shardlib.errors import ShardKeyMismatch
 from shardlib.fence.gated import Tally
+from shardlib.key.composite import shown_key
 from shardlib.session.core import Ahead, Core, Needed
 from shardlib.session.twophase import TwoPhase
 from shardlib.session.unit import Leg, Unit
@@ -103,7 +104,7 @@ class HoldsShards(Session):
         pin = self._pin
         for key in keys:
             if key != pin:
-                raise ShardKeyMismatch(self.shard_key, key.decode(errors="replace"), where)
+                raise ShardKeyMismatch(self.shard_key, shown_key(key), where)
 
     def _by_leg(self, rows: Mapping[bytes, list[int]]) -> list[tuple[Leg, list[int]]]:
         """Positions of rows, given by key, grouped by the leg that they are written to."""

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
 
 from shardlib.errors import ShardKeyChanged, ShardKeyRequired, UnsupportedOperation
+from shardlib.key.composite import shown_key
 from shardlib.key.declare import KeySpec
 from shardlib.session.defaults import default_of, has_default
 
@@ -97,7 +98,7 @@ class InstanceKeys:
         if _LEFT in now:  # not loaded, so not changed
             return
         if None in now or plan.spec.encode(now) != key:
-            raise ShardKeyChanged(plan.table.fullname, key.decode(errors="replace"), _single(now))
+            raise ShardKeyChanged(plan.table.fullname, shown_key(key), _single(now))
 
     def with_defaults(self, mapper: Mapper[Any], row: dict[str, Any], *, in_place: bool) -> dict[str, Any]:
         """A row given as a mapping, with the defaults of its key.

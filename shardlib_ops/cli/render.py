@@ -17,6 +17,15 @@ __all__ = ["console", "document", "facts", "failure", "program", "table"]
 
 _PIPE_WIDTH = 240
 _PROGRAM = "shardlib-ops"
+_SHELL = (
+    (", or `resume_promotion`", ""),
+    ("`resume_promotion`", "`shard promote --resume`"),
+    ("`promote_replica`", "`shard promote`"),
+    ("`check_promotion`", "`shard promote --check`"),
+    ("`remove_replica`", "`shard remove-replica`"),
+    ("`list_jobs`", "`reshard list`"),
+)
+"""What errors call by the name of a method, and the command of it, each in the order in which it is replaced."""
 
 
 def console(*, error: bool = False) -> Console:
@@ -68,13 +77,28 @@ def facts(said: Mapping[str, object]) -> None:
 
 
 def failure(error: Exception, *, as_json: bool) -> None:
-    """Print an error: its type and text, without a traceback."""
+    """Print an error: its type and text, in the words of the shell, without a traceback."""
+    said = _in_shell(error)
     if as_json:
-        content: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
+        content: dict[str, Any] = {"error": type(error).__name__, "message": said}
         document(content)
         return
     from rich.text import Text
 
     out = console(error=True)
-    out.print(Text(f"{type(error).__name__}: ", style="bold red") + Text(str(error)))
+    out.print(Text(f"{type(error).__name__}: ", style="bold red") + Text(said))
     sys.stderr.flush()
+
+
+def _in_shell(error: Exception) -> str:
+    """The text of an error, which speaks of methods and arguments, with the commands and options that are meant."""
+    from shardlib.errors import InvalidArgument
+
+    said = str(error)
+    for python, shell in _SHELL:
+        said = said.replace(python, shell)
+    if isinstance(error, InvalidArgument) and said.startswith(f"{error.name}="):
+        option = "--" + error.name.removesuffix("_s").replace("_", "-")
+        if any(one == option or one.startswith(f"{option}=") for one in sys.argv):
+            said = f"{option} {said.removeprefix(f'{error.name}=')}"
+    return said

@@ -284,6 +284,25 @@ def test_a_tree_with_composite_keys(corner: Any) -> None:
     assert len(everything) == 4 * len(tenants)
 
 
+def test_a_composite_key_in_an_error_is_a_tuple(corner: Any) -> None:
+    def other(s: Any) -> None:
+        s.scalars(select(Node).where(Node.region == "eu", Node.organisation == 8)).all()
+
+    def changed(s: Any) -> None:
+        node = Node(region="eu", organisation=7, id=1)
+        s.add(node)
+        s.flush()
+        node.organisation = 8
+        s.flush()
+
+    with pytest.raises(errors.ShardKeyMismatch, match=r"has shard key \('eu', '8'\)") as raised:
+        corner.session(other, ("eu", 7))
+    assert raised.value.found == ("eu", "8")
+    with pytest.raises(errors.ShardlibError) as moved:
+        corner.session(changed)
+    assert "\\x00" not in str(moved.value)
+
+
 def test_statements_that_write_by_what_they_read(corner: Any) -> None:
     tenants = tree(corner)
     region, org = tenants[4]

@@ -6,6 +6,7 @@ import pytest
 
 from shardlib.errors import InvalidShardKey
 from shardlib.key import copy_key, encode_key, join_parts
+from shardlib.key.composite import shown_key
 
 
 def test_parts_are_joined_by_a_zero_byte() -> None:
@@ -43,3 +44,10 @@ def test_the_key_of_a_copied_row(fields: list[bytes], value: object) -> None:
 def test_a_row_without_a_key_is_refused() -> None:
     with pytest.raises(InvalidShardKey, match="NULL"):
         copy_key([b"acme", rb"\N"])
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"), [("acme", "acme"), (("eu", 7), ("eu", "7")), (("", ""), ("", "")), (b"\0", "\\x00")]
+)
+def test_a_key_in_a_message_is_a_tuple_of_its_parts(key: object, shown: object) -> None:
+    assert shown_key(encode_key(key)) == shown

@@ -46,6 +46,9 @@ def test_a_url_is_shown_without_its_secret(url: str, safe: str) -> None:
         f"u:{SECRET}@h/d",
         f"etcd://u:{SECRET}@h/d",
         f"etcd://u:{SECRET}@h:1/",
+        f"etcd://u:{SECRET}",
+        f"etcd://u:a/{SECRET}@h:1/",
+        f"etcd://h:1,u%40{SECRET}:x",
         f"etcd://u:{SECRET}@h:99999/x",
         f"etcd://u:{SECRET}@h:1,/x",
         f"etcd://:{SECRET}@h:1/x",
@@ -65,6 +68,13 @@ def test_a_bad_url_is_refused_without_showing_its_secret(url: str) -> None:
     with pytest.raises(InvalidArgument) as raised:
         open_catalog(url)
     assert SECRET not in f"{raised.value} {raised.value!r}"
+
+
+@pytest.mark.parametrize("url", [None, "etcd://127.0.0.1:2379", "etcd://h:1,k:2/", "etcd://h/shop", "memory://a/b"])
+def test_a_bad_url_without_a_login_is_shown(url: str) -> None:
+    with pytest.raises(InvalidArgument) as raised:
+        open_catalog(url)
+    assert str(raised.value).startswith(f"url={url!r} is not allowed")
 
 
 @pytest.mark.parametrize("options", [{"timeout_s": 0}, {"timeout_s": -1.0}, {"poll_s": 0}, {"timeout_s": float("nan")}])
