@@ -66,9 +66,12 @@ def _picture(job: Job, wish: Wish, told: JobProgress | None) -> RenderableType:
 
     parts: list[RenderableType] = [Text(jobs.line(job, wish), style="bold")]
     if told is not None:
-        bar = Table.grid(padding=(0, 1))
-        bar.add_row(ProgressBar(total=1.0, completed=told.fraction, width=40), Text(progress.summary(told, brief=True)))
-        parts.append(bar)
+        if told.status == job.status.value:  # else the bar is that of a state that is over
+            bar = Table.grid(padding=(0, 1))
+            bar.add_row(
+                ProgressBar(total=1.0, completed=told.fraction, width=40), Text(progress.summary(told, brief=True))
+            )
+            parts.append(bar)
         parts += progress.tables(told)
         parts += [Text(said, style="yellow") for said in progress.lines(told)]
         parts.append(Text(f"told at {told.at}", style="dim"))
