@@ -138,6 +138,10 @@ def test_the_life_of_a_split(ops: Ops) -> None:
     assert {table["table"]: table["done"] for table in told["progress"]["tables"]} == {"parcel": True}
     assert "parcel" in shown
     assert job["progress"] == told["progress"]
+    ops("resharder", "run", "1")
+    again = ops.json("reshard", "show", "1")["progress"]
+    for figure in ("tables", "keys", "keys_exact"):
+        assert again[figure] == job["progress"][figure], "another runner knows what the first has copied"
     assert rows_of(ops) == sorted(KEYS)
 
     assert "owns ranges" in str(ops.refused("shard", "delete", "s2", "--yes"))
