@@ -18,6 +18,7 @@ from typing import Final
 import msgspec
 
 from shardlib.catalog import Catalog, Conflict, Document
+from shardlib.catalog.store import Deadline
 from shardlib.errors import CatalogUnavailable
 from shardlib_ops.audit.base import PAGE, Page
 from shardlib_ops.audit.entry import GENESIS, SEQ_MAX, Damaged, Draft, Entry, Head, decode, encode, seal
@@ -58,32 +59,52 @@ class CatalogAudit:
 
     def append(self, new: Draft) -> Entry:
         """See `AuditStore.append`."""
-        until = time.monotonic() + self._timeout_s
+        deadline = Deadline(self._timeout_s)
         if not self._lock.acquire(timeout=self._timeout_s):
             raise AuditUnavailable(self.safe_url, f"other entries were waited for, {self._timeout_s:g} s")
         try:
-            head = self._known or self._end()
-            pause_s = _PAUSE_FIRST_S
-            while True:
-                entry = seal(new, head)
-                try:
-                    self._catalog.write_document(_name(entry.seq), encode(entry), expected=None)
-                except Conflict:
-                    head = self._known = self._forward(head)
-                else:
-                    break
-                if time.monotonic() + pause_s > until:
-                    raise AuditUnavailable(self.safe_url, f"others took each place for {self._timeout_s:g} s")
-                time.sleep(pause_s * random.random())  # noqa: S311 - jitter
-                pause_s = min(_PAUSE_MAX_S, pause_s * 2)
+            entry = self._append(new, deadline)
             self._known = entry.head
-        except CatalogUnavailable as error:
-            raise AuditUnavailable(self.safe_url, error.reason) from error
         finally:
             self._lock.release()
         if entry.seq - self._marked >= _MARK_EVERY:
             self._mark(entry.head)
         return entry
+
+    def _append(self, new: Draft, deadline: Deadline) -> Entry:
+        """Take the next place, for as long as there is time.
+
+        A write whose outcome is unknown is made again, in the same place and with the same bytes: it happens once at
+        most, and is known when it is found there.
+        """
+        pause_s = _PAUSE_FIRST_S
+        entry: Entry | None = None
+        while True:
+            try:
+                entry = entry or seal(new, self._known or self._end())
+                if self._placed(entry):
+                    return entry
+                entry, reason = None, f"others took each place for {self._timeout_s:g} s"
+            except CatalogUnavailable as error:
+                if error.final:
+                    raise AuditUnavailable(self.safe_url, error.reason) from error
+                reason = error.reason
+            if deadline.left() < pause_s:
+                raise AuditUnavailable(self.safe_url, reason)
+            time.sleep(pause_s * random.random())  # noqa: S311 - jitter
+            pause_s = min(_PAUSE_MAX_S, pause_s * 2)
+
+    def _placed(self, entry: Entry) -> bool:
+        """Whether an entry has its place. If another has it, the end has been looked for anew."""
+        data = encode(entry)
+        try:
+            self._catalog.write_document(_name(entry.seq), data, expected=None)
+        except Conflict:
+            there = self._catalog.read_document(_name(entry.seq))
+            if there is None or there.data != data:
+                self._known = self._forward(Head(entry.seq - 1, entry.prev))
+                return False
+        return True
 
     def head(self) -> Head:
         """See `AuditStore.head`."""

@@ -47,10 +47,13 @@ def append_from_threads(store: AuditStore, name: str, threads: int, each: int) -
 
 
 def main(audit: str, catalog: str, name: str, threads: str, each: str) -> None:
-    """A process that writes: `python -m tests.support.audits URL CATALOG NAME THREADS EACH`."""
+    """A process that writes once it is told to: `python -m tests.support.audits URL CATALOG NAME THREADS EACH`."""
     with ExitStack() as stack:
         beside = stack.enter_context(closing(open_catalog(catalog, timeout_s=20))) if catalog else None
         store = stack.enter_context(closing(open_audit(audit, beside, timeout_s=60)))
+        store.head()
+        print("ready", flush=True)
+        sys.stdin.readline()
         for seq, target in append_from_threads(store, name, int(threads), int(each)):
             print(seq, target)
 
