@@ -209,7 +209,8 @@ def _of_topology(error: InvalidTopology) -> Problem:
     if error.problem.startswith("there is no "):
         return problem("not-found", text)
     if re.search(r"cannot be read|does not match its digest|damaged|lacks a|catalog .*empty", error.problem):
-        return problem("catalog-unavailable", "what the catalog holds cannot be used; its operator must look at it")
+        detail = "what the catalog holds cannot be used; its operator must look at it"
+        return problem("catalog-unavailable", detail, headers={"Retry-After": "60"})
     return problem("conflict", text)
 
 
