@@ -280,7 +280,7 @@ class JobRunner:
             for _ in range(_ROUNDS_MAX):
                 result = await self._compared(leg, flows, since=self.job.compared[leg.number])
                 await self._held.change(compared={**self.job.compared, leg.number: result.lsn})
-                if result.keys <= self.limits.changed_keys:
+                if result.keys <= self.limits.changed_keys and result.left <= self.limits.changed_rows:
                     break
 
     async def _attempts(self, cutover: Cutover) -> bool:

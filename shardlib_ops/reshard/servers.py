@@ -338,7 +338,7 @@ class Servers:
             found = await compare_changed(link, stream, tables, since=since, export=export)
         await self._comparing(leg)  # ready for the closed window
         self.progress.begins("stream")
-        return Compared(found.lsn, found.keys)
+        return Compared(found.lsn, found.keys, found.left)
 
     async def _tables(self, leg: Leg) -> Tables:
         return Tables(
@@ -367,8 +367,10 @@ class Servers:
     async def compare_closed(self, leg: Leg, *, since: str) -> int:
         """See `World.compare_closed`."""
         here, there = await self._comparing(leg)
-        tables = await self._tables(leg)
-        return await compare_closed(self.link(leg), tables, since=since, origin_conn=here, sink_conn=there)
+        tables, recent = await self._tables(leg), self.flow(leg, "forward").stream.recent
+        return await compare_closed(
+            self.link(leg), tables, since=since, origin_conn=here, sink_conn=there, recent=recent
+        )
 
     @translated
     async def advance_sequences(self, leg: Leg, direction: Direction, *, ahead: int) -> None:

@@ -296,7 +296,9 @@ class Compared:
     Attributes:
         lsn: up to which changes of the source are covered.
         keys: how many keys were looked at.
+        left: how many rows have changed meanwhile, as far as that is known.
     """
 
     lsn: str
     keys: int
+    left: int = 0

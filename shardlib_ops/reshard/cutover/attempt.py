@@ -202,8 +202,8 @@ class Cutover:
             if not limit.expired():
                 raise
             raise Blocked(
-                f"the rows of the keys that changed lately were not compared within {self.limits.budget_s:g} s: keys "
-                "with very many rows need more, or a quieter time (Resharder(limits=Limits(budget_s=...)))"
+                f"what changed lately was not compared within {self.limits.budget_s:g} s: it is tried again; too many "
+                "rows need more, or a quieter time (Resharder(limits=Limits(budget_s=...)))"
             ) from None
         await self.step("compared")
 

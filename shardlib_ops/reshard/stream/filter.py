@@ -98,6 +98,11 @@ class Source:
     full: bool
     first: int
 
+    @property
+    def match_at(self) -> tuple[int, ...]:
+        """Where the columns that tell one row from all others are; empty for a bag, where equal rows are alike."""
+        return tuple(map(self.names.index, self.shape.primary_key)) if self.full else self.identity_at
+
     def key(self, values: Sequence[Value]) -> bytes | None:
         """The key bytes of a row; None if a part is NULL or not carried."""
         parts = [values[at] for at in self.key_at]

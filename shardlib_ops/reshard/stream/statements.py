@@ -50,7 +50,7 @@ class Statements:
         shape, names = source.shape, source.names
         self._types = {column.name: column.type for column in shape.columns}
         primary = tuple(names.index(name) for name in shape.primary_key)
-        self.match_at = primary if source.full else source.identity_at
+        self.match_at = source.match_at
         self.keyed = (
             bool(primary)
             and set(self.match_at) == set(primary)

@@ -34,6 +34,7 @@ from shardlib_ops.reshard.stream.faults import SlotLost
 from shardlib_ops.reshard.stream.filter import Change, Filter, Transaction, mover
 from shardlib_ops.reshard.stream.origin import columns_of, take_slot
 from shardlib_ops.reshard.stream.progress import Lag, Progress
+from shardlib_ops.reshard.stream.recent import Recent
 from shardlib_ops.reshard.stream.wire import Wire
 
 __all__ = ["NewKeys", "Standstill", "Stream"]
@@ -76,6 +77,7 @@ class Stream:
         received: LSN up to which the origin has sent.
         changes_applied: row changes written since this object was made.
         transactions_applied: transactions of the origin with such changes.
+        recent: which rows were changed since a comparison began.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Stream:
         self._confirmed_at = self._rested_at = self._clock()
         self._wire: Wire | None = None
         self._filter: Filter | None = None
+        self.recent = Recent()  # what was committed as the last run broke off is not in it
 
     @property
     def lag_bytes(self) -> int | None:
@@ -264,6 +267,7 @@ class Stream:
                 lsn = batch[-1].commit + 1 if last is None else last
                 with no_room(self._link.sink.name):
                     fresh += await sink.write(changes, keys, lsn=lsn, last=last is not None)
+                self.recent.add(changes, lsn)
                 self.changes_applied += len(changes)
                 self.transactions_applied += sum(1 for part in batch if part.end is not None and part.changes)
             if last is None:

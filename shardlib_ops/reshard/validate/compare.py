@@ -11,9 +11,9 @@ as well. So a key that the copy missed is found.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
 from psycopg import AsyncConnection, sql
@@ -24,41 +24,19 @@ from shardlib_ops.reshard.lines import line_filter, whole_lines
 from shardlib_ops.reshard.link import Link
 from shardlib_ops.reshard.reader import Reader, find_psql, open_reader, take_snapshot
 from shardlib_ops.reshard.rows import TableShape
-from shardlib_ops.reshard.together import together
-from shardlib_ops.reshard.validate.digest import (
-    Compared,
-    Key,
-    KeyList,
-    Keys,
-    digests,
-    key_digests,
-    listed,
-    load_keys,
-    row_hash,
-)
-from shardlib_ops.reshard.world import Mismatch
+from shardlib_ops.reshard.stream.recent import Recent
+from shardlib_ops.reshard.validate.digest import Key, KeyList, Keys, listed, load_keys
+from shardlib_ops.reshard.validate.lately import compare_lately
+from shardlib_ops.reshard.validate.sides import AT_ONCE, Equal, Tables, compare_keys
 
-__all__ = ["Equal", "Tables", "compare_changed", "compare_closed", "compare_whole"]
+__all__ = ["compare_changed", "compare_closed", "compare_whole"]
 
 _HOLD_S: Final = 60.0
-_SHOWN: Final = 5
-_LISTED_MAX: Final = 5_000
 _WORK_MEM: Final = "128MB"
-
-
-@dataclass(frozen=True, slots=True)
-class Equal:
-    """The sides are equal.
-
-    Attributes:
-        lsn: of the source: changes of transactions that committed before it are covered.
-        keys: how many keys were compared.
-        rows: how many rows.
-    """
-
-    lsn: str
-    keys: int
-    rows: int
+_WHOLE_RUNNING: Final = 2_000_000
+"""Rows of a table that are compared as rows of changed keys while both sides run: a few seconds."""
+_WHOLE_CLOSED: Final = 200_000
+"""The same while writers wait: a few tenths of a second."""
 
 
 class Snapshot(Protocol):
@@ -79,29 +57,14 @@ class Still(Protocol):
 class Held(Protocol):
     """A stream whose applier can be made to stand still."""
 
+    recent: Recent
+
     def standstill(self, *, timeout_s: float) -> AbstractAsyncContextManager[Still]:
         """Inside, nothing is applied but what is asked for."""
         ...
 
 
 Export = Callable[[], AbstractAsyncContextManager[Snapshot]]
-
-
-@dataclass(frozen=True, slots=True)
-class Tables:
-    """The cluster's tables as they are on each side of a leg.
-
-    Attributes:
-        origin: at the source.
-        sink: at the target, in the same order.
-        shared_origin: whether other legs leave the source too, so that its key table holds their keys as well.
-        shared_sink: whether others arrive at the target.
-    """
-
-    origin: Sequence[TableShape]
-    sink: Sequence[TableShape]
-    shared_origin: bool = False
-    shared_sink: bool = False
 
 
 async def compare_whole(link: Link, stream: Held, tables: Tables, *, export: Export) -> Equal:
@@ -129,18 +92,22 @@ async def compare_whole(link: Link, stream: Held, tables: Tables, *, export: Exp
                 return await load_keys(there, await _keys_at(link, there, None))
             return _all_keys(link)
 
-        return await _compare(here, there, tables, at_source, at_target, lsn)
+        return await compare_keys(here, there, tables, at_source, at_target, lsn)
 
 
 async def compare_changed(link: Link, stream: Held, tables: Tables, *, since: str, export: Export) -> Equal:
-    """Compare the rows of keys that changed after `since`, an LSN of the source.
+    """Compare what changed after `since`, an LSN of the source: see `compare_closed`.
 
     Raises:
         Mismatch: as `compare_whole`.
     """
+    number = _lsn(since)
+    stream.recent.forget(number)
     async with _both(link, stream, export, keys=False) as (lsn, here, there, _):
         keys = await _keys_at(link, there, since)
-        return await _compare(here, there, tables, _given(here, keys), _given(there, keys), lsn)
+        changed = stream.recent.after(number)
+        found = await compare_lately(here, there, tables, keys, lsn, changed=changed, whole=_WHOLE_RUNNING)
+    return replace(found, left=stream.recent.count(_lsn(lsn)))
 
 
 async def compare_closed(
@@ -150,17 +117,29 @@ async def compare_closed(
     since: str,
     origin_conn: AsyncConnection[Any],
     sink_conn: AsyncConnection[Any],
+    recent: Recent | None = None,
 ) -> int:
-    """Compare the rows of keys that changed after `since`, on ranges that are closed and drained; how many keys.
+    """Compare what changed after `since`, on ranges that are closed and drained; how many keys changed.
+
+    All rows of the changed keys are compared. Those of a key that has too many for the time there is are compared as
+    far as the stream was asked to change them; if not all of these are known, whole as well, however long it takes.
+
+    Args:
+        link: the leg, forward.
+        tables: what is compared.
+        since: LSN of the source of an earlier comparison.
+        origin_conn: to the source.
+        sink_conn: to the target.
+        recent: of the leg's stream; None for no key but whole.
 
     Raises:
         Mismatch: as `compare_whole`.
     """
+    changed = None if recent is None else recent.after(_lsn(since))
     async with origin_conn.transaction(), sink_conn.transaction():
         keys = await _keys_at(link, sink_conn, since)
         if keys:
-            here, there = _given(origin_conn, keys), _given(sink_conn, keys)
-            await _compare(origin_conn, sink_conn, tables, here, there, since)
+            await compare_lately(origin_conn, sink_conn, tables, keys, since, changed=changed, whole=_WHOLE_CLOSED)
         return len(keys)
 
 
@@ -179,6 +158,7 @@ async def _both(
         # Still before the snapshot is made: the applier must not be past its point.
         async with stream.standstill(timeout_s=_HOLD_S) as still, export() as snapshot:
             await still.at(_lsn(snapshot.lsn), timeout_s=_HOLD_S)
+            stream.recent.begin(_lsn(snapshot.lsn))
             await there.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
             await there.execute("SELECT 1")  # takes the snapshot
             await here.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
@@ -202,18 +182,11 @@ def _all_keys(link: Link) -> Keys:
     return Keys(keys_table(link.runner.job))
 
 
-def _given(conn: AsyncConnection[Any], keys: KeyList) -> Callable[[], Awaitable[Keys]]:
-    async def given() -> Keys:
-        return listed(keys) if len(keys) <= _LISTED_MAX else await load_keys(conn, keys)
-
-    return given
-
-
 async def _joined(conn: AsyncConnection[Any], known: Keys, others: KeyList) -> Keys:
     """Some keys, and others that are not among them."""
     if not others:
         return known
-    more = listed(others) if len(others) <= _LISTED_MAX else await load_keys(conn, others)
+    more = listed(others) if len(others) <= AT_ONCE else await load_keys(conn, others)
     both = sql.SQL("(SELECT k, more FROM {} UNION ALL SELECT k, more FROM {} AS o)")
     return Keys(both.format(known.relation, more.relation), more.parameters)
 
@@ -257,61 +230,3 @@ async def _keys_at(link: Link, conn: AsyncConnection[Any], since: str | None) ->
         for k, more in await (await conn.execute(query)).fetchall()
         if moves("\0".join((k, *more)).encode())
     ]
-
-
-async def _compare(
-    here: AsyncConnection[Any],
-    there: AsyncConnection[Any],
-    tables: Tables,
-    ours: Callable[[], Awaitable[Keys]],
-    theirs: Callable[[], Awaitable[Keys]],
-    lsn: str,
-) -> Equal:
-    """Compare rows on two connections, each in a transaction.
-
-    A key that one side lists and the other does not counts as one without rows there.
-
-    Args:
-        here: the source.
-        there: the target.
-        tables: what is compared.
-        ours: finds out whose rows are wanted at the source.
-        theirs: and at the target.
-        lsn: what they are read at.
-    """
-    versions = [conn.info.server_version for conn in (here, there)]
-    hashes = [row_hash(a, b, versions) for a, b in zip(tables.origin, tables.sink, strict=True)]
-    left, right = list(zip(tables.origin, hashes, strict=True)), list(zip(tables.sink, hashes, strict=True))
-
-    async def of(
-        conn: AsyncConnection[Any], find: Callable[[], Awaitable[Keys]], shapes: Compared
-    ) -> tuple[Keys, dict[tuple[str, int], tuple[int, int]]]:
-        keys = await find()
-        return keys, await digests(conn, shapes, keys)
-
-    # Each side goes its own pace.
-    (our_keys, ours_by), (their_keys, theirs_by) = await together([of(here, ours, left), of(there, theirs, right)])
-    if ours_by == theirs_by:
-        found = await there.execute(
-            sql.SQL("SELECT count(*) FROM {} AS k").format(their_keys.relation), their_keys.parameters
-        )
-        row = await found.fetchone()
-        assert row is not None  # noqa: S101 - a count
-        return Equal(lsn, row[0], sum(rows for rows, _ in theirs_by.values()))
-    differ = sorted(at for at in ours_by.keys() | theirs_by.keys() if ours_by.get(at) != theirs_by.get(at))
-    shapes = {a.table.fullname: (a, b, row) for a, b, row in zip(tables.origin, tables.sink, hashes, strict=True)}
-    told: list[str] = []
-    for table in dict.fromkeys(name for name, _ in differ):
-        buckets = [bucket for name, bucket in differ if name == table]
-        origin, sink, row_of = shapes[table]
-        mine = await key_digests(here, origin, row_of, our_keys, buckets)
-        other = await key_digests(there, sink, row_of, their_keys, buckets)
-        wrong = [key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key)]
-        counts = (sum(rows for rows, _ in mine.values()), sum(rows for rows, _ in other.values()))
-        told.append(f"table {table!r}: {len(wrong)} keys ({counts[0]} rows here, {counts[1]} there): {_named(wrong)}")
-    raise Mismatch("source and target differ: " + "; ".join(told))
-
-
-def _named(keys: Sequence[Key]) -> str:
-    shown = [repr(key[0] if not key[1] else (key[0], *key[1])) for key in sorted(keys)[:_SHOWN]]
-    return ", ".join(shown) + (", ..." if len(keys) > _SHOWN else "")

@@ -8,9 +8,10 @@ changes it (`connect.SETTINGS`) and columns are named in one order.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, LiteralString
 
 from psycopg import AsyncConnection, sql
 
@@ -24,10 +25,12 @@ __all__ = [
     "KeyList",
     "Keys",
     "Row",
+    "array",
     "digests",
     "key_digests",
     "listed",
     "load_keys",
+    "ordered",
     "row_hash",
 ]
 
@@ -44,7 +47,11 @@ Compared = Sequence[tuple[TableShape, Row]]
 
 BUCKETS: Final = 1024
 _TEMP: Final = "shardlib_compared"
-_LISTED: Final = "(SELECT x.k, x.more::text[] AS more FROM unnest(%s::text[], %s::text[]) AS x (k, more))"
+_LISTED: Final = (
+    "(SELECT x.k, x.more::text[] AS more{values} FROM unnest(%s::text[], %s::text[]{more}) AS x (k, more{names}))"
+)
+_TEXTS: Final = frozenset({"text", "character varying"})
+_NONE: Final = ("",) * 32
 _BUCKET: Final = f"hashtextextended(k.k, 0) & {BUCKETS - 1}"
 _LINES: Final = 10_000
 _SEND_SINCE: Final = 18_00_00
@@ -53,10 +60,43 @@ _MAJOR: Final = 1_00_00
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Whose rows are compared: a relation of (`k`, `more`) that has each key once, and the parameters in its SQL."""
+    """Whose rows are compared: a relation of (`k`, `more`) that has each key once, and the parameters in its SQL.
+
+    Attributes:
+        relation: its SQL.
+        parameters: in their order.
+        few: the keys, if they go along with each query.
+    """
 
     relation: sql.Composable
     parameters: tuple[Any, ...] = ()
+    few: KeyList = ()
+
+    def of(self, shape: TableShape) -> tuple[sql.Composed, sql.Composed, tuple[Any, ...]]:
+        """(the relation as `k`, the condition for rows `t` of a table, parameters of the relation).
+
+        The text of a number or UUID leads to no index: few keys carry their values along as well.
+        """
+        relation, same = sql.SQL("{} AS k").format(self.relation), shape.matches()
+        if not self.few:
+            return relation, same, self.parameters
+        bases = {column.name: column.base for column in shape.columns}
+        names, types, values = [], [], []
+        for place, part in enumerate(shape.table.key):
+            column, base = sql.Identifier("t", part), bases[part]
+            if base in _VALUES:
+                kind, value = _VALUES[base]
+                name = sql.Identifier(f"v{place}")
+                texts = [key[0] if place == 0 else (*key[1], *_NONE)[place - 1] for key in self.few]
+                same += sql.SQL(" AND {} = k.{}").format(column, name)
+                names.append(name)
+                types.append(sql.SQL(f", %s::{kind}[]"))
+                values.append([value(text) for text in texts])
+            elif place and base in _TEXTS:
+                same += sql.SQL(' AND {} COLLATE pg_catalog."default" = k.more[{}]').format(column, place)
+        more = sql.SQL("").join(sql.SQL(", {}").format(name) for name in names)
+        relation = sql.SQL(_LISTED).format(more=sql.SQL("").join(types), names=more, values=more)
+        return sql.SQL("{} AS k").format(relation), same, (*self.parameters, *values)
 
 
 def row_hash(origin: TableShape, sink: TableShape, versions: Sequence[int]) -> Row:
@@ -88,7 +128,7 @@ async def load_keys(conn: AsyncConnection[Any], keys: KeyList) -> Keys:
         # A call for each key would take longer than all the rest.
         for at in range(0, len(keys), _LINES):
             some = keys[at : at + _LINES]
-            lines = [f"{_escaped(k)}\t{_escaped(_array(more)) if more else '{}'}\n" for k, more in some]
+            lines = [f"{_escaped(k)}\t{_escaped(array(more)) if more else '{}'}\n" for k, more in some]
             await copy.write("".join(lines))
     await conn.execute(f"ANALYZE pg_temp.{_TEMP}".encode())
     return Keys(sql.SQL("pg_temp.{}").format(sql.Identifier(_TEMP)))
@@ -96,17 +136,19 @@ async def load_keys(conn: AsyncConnection[Any], keys: KeyList) -> Keys:
 
 def listed(keys: KeyList) -> Keys:
     """A few keys that go along with each query."""
-    return Keys(sql.SQL(_LISTED), ([first for first, _ in keys], [_array(rest) for _, rest in keys]))
+    relation = sql.SQL(_LISTED).format(more=sql.SQL(""), names=sql.SQL(""), values=sql.SQL(""))
+    return Keys(relation, ([first for first, _ in keys], [array(rest) for _, rest in keys]), keys)
 
 
 async def digests(conn: AsyncConnection[Any], tables: Compared, keys: Keys) -> dict[tuple[str, int], tuple[int, int]]:
     """(table, bucket) -> (rows, sum) of the rows of these keys. Empty buckets are left out."""
     found: dict[tuple[str, int], tuple[int, int]] = {}
     for shape, row in tables:
+        source, parameters = _rows_of(shape, keys)
         query = sql.SQL("SELECT {bucket}, count(*), sum({row}) FROM {source} GROUP BY 1").format(
-            bucket=sql.SQL(_BUCKET), row=row(_ordered(shape)), source=_rows_of(shape, keys)
+            bucket=sql.SQL(_BUCKET), row=row(ordered(shape)), source=source
         )
-        cursor = await conn.execute(query, keys.parameters or None)
+        cursor = await conn.execute(query, parameters or None)
         for bucket, rows, total in await cursor.fetchall():
             found[shape.table.fullname, bucket] = (rows, int(total))
     return found
@@ -116,24 +158,27 @@ async def key_digests(
     conn: AsyncConnection[Any], shape: TableShape, row: Row, keys: Keys, buckets: Sequence[int]
 ) -> Mapping[tuple[str, tuple[str, ...]], tuple[int, int]]:
     """Key -> (rows, sum) for the keys of some buckets in one table."""
+    source, parameters = _rows_of(shape, keys)
     query = sql.SQL(
         "SELECT k.k, k.more, count(*), sum({row}) FROM {source} WHERE {bucket} = ANY(%s) GROUP BY 1, 2"
-    ).format(bucket=sql.SQL(_BUCKET), row=row(_ordered(shape)), source=_rows_of(shape, keys))
-    cursor = await conn.execute(query, (*keys.parameters, list(buckets)))
+    ).format(bucket=sql.SQL(_BUCKET), row=row(ordered(shape)), source=source)
+    cursor = await conn.execute(query, (*parameters, list(buckets)))
     return {(first, tuple(rest)): (rows, int(total)) for first, rest, rows, total in await cursor.fetchall()}
 
 
-def _rows_of(shape: TableShape, keys: Keys) -> sql.Composed:
-    return sql.SQL("{} AS t JOIN {} AS k ON {}").format(shape.name, keys.relation, shape.matches())
+def _rows_of(shape: TableShape, keys: Keys) -> tuple[sql.Composed, tuple[Any, ...]]:
+    relation, same, parameters = keys.of(shape)
+    # The keys come first: of a join the parameters stand in this order.
+    return sql.SQL("{} JOIN {} AS t ON {}").format(relation, shape.name, same), parameters
 
 
-def _ordered(shape: TableShape) -> sql.Composed:
-    # By name: the two sides may have their columns in another order.
+def ordered(shape: TableShape) -> sql.Composed:
+    """The columns of a row `t` that are hashed. By name: the two sides may have their columns in another order."""
     names = sorted(column.name for column in shape.stored)
     return sql.SQL(", ").join(sql.Identifier("t", name) for name in names)
 
 
-def _array(texts: Sequence[str]) -> str:
+def array(texts: Sequence[str]) -> str:
     """A literal of PostgreSQL's text[]."""
     quoted = ('"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in texts)
     return "{" + ",".join(quoted) + "}"
@@ -142,3 +187,24 @@ def _array(texts: Sequence[str]) -> str:
 def _escaped(text: str) -> str:
     """A field of text COPY."""
     return text.replace("\\", r"\\").replace("\t", r"\t").replace("\n", r"\n").replace("\r", r"\r")
+
+
+def _number(text: str) -> int | None:
+    """The number that this is the text of; None if none of PostgreSQL's whole numbers has it."""
+    found = int(text) if _NUMBER.fullmatch(text) else None
+    return found if found is not None and -(1 << 63) <= found < 1 << 63 else None
+
+
+def _uuid(text: str) -> str | None:
+    return text if _UUID.fullmatch(text) else None
+
+
+_NUMBER: Final = re.compile(r"-?[0-9]{1,19}")
+_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_VALUES: Final[Mapping[str, tuple[LiteralString, Callable[[str], object]]]] = {
+    "smallint": ("bigint", _number),
+    "integer": ("bigint", _number),
+    "bigint": ("bigint", _number),
+    "uuid": ("uuid", _uuid),
+}
+"""Types of a key's column whose values are looked for by an index: the type to compare with, and a text's value."""
