@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -362,6 +363,32 @@ def test_rows_are_not_changed_in_postgresql(store: AuditStore, urls: tuple[str, 
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 connection.execute(statement)
     assert numbers(store) == [1]
+
+
+@pytest.mark.parametrize("urls", ["PostgreSQL"], indirect=True)
+def test_a_role_that_may_insert_and_read_is_enough(store: AuditStore, urls: tuple[str, str]) -> None:
+    dsn = urls[0].partition("?")[0]
+    role = f"writer_{uuid.uuid4().hex[:8]}"
+    parts = psycopg.conninfo.conninfo_to_dict(dsn)
+    theirs = f"postgresql://{role}:pw@{parts['host']}:{parts['port']}/{parts['dbname']}?log=one"
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'pw'")
+        try:
+            with closing(open_audit(theirs)) as before, pytest.raises(AuditUnavailable, match="CREATE ON DATABASE"):
+                before.append(some_draft())
+            store.append(some_draft())
+            with closing(open_audit(theirs)) as refused, pytest.raises(AuditUnavailable, match="shardlib_audit"):
+                refused.append(some_draft())
+            connection.execute(f"GRANT USAGE ON SCHEMA shardlib_audit TO {role}")
+            connection.execute(f"GRANT SELECT, INSERT ON shardlib_audit.entry TO {role}")
+            with closing(open_audit(theirs)) as writer:
+                assert writer.append(some_draft()).seq == 2
+                with pytest.raises(AuditUnavailable, match="permission denied"):
+                    writer.cut(1)
+        finally:
+            connection.execute(f"DROP OWNED BY {role}")
+            connection.execute(f"DROP ROLE {role}")
+    assert numbers(store) == [1, 2]
 
 
 @pytest.mark.parametrize("urls", ["PostgreSQL"], indirect=True)
