@@ -60,12 +60,14 @@ KINDS: Final[Mapping[str, tuple[int, str]]] = {
     "unsupported-media-type": (415, "The type of the body is not supported"),
     "invalid": (422, "The request is not valid"),
     "too-many-requests": (429, "Too many requests"),
+    "head-too-large": (431, "The head of the request is too large"),
     "outcome-unknown": (500, "The outcome is unknown"),
     "audit-incomplete": (500, "The outcome could not be recorded"),
     "internal": (500, "Something went wrong here"),
     "audit-unavailable": (503, "The audit log is not available"),
     "catalog-unavailable": (503, "The catalog is not available"),
     "shard-unavailable": (503, "The shard is not available"),
+    "stopping": (503, "The server is being stopped"),
     "unavailable": (503, "The server cannot answer now"),
     "timeout": (504, "The request took too long"),
 }
@@ -85,6 +87,11 @@ _PLACES: Final = re.compile(
     r"|\b(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?\b"
     r"|\b[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?:\d{2,5}\b",
     re.IGNORECASE,
+)
+
+
+_CATALOG_AWRY: Final = re.compile(
+    r"cannot be read|does not match its digest|damaged|lacks a|catalog .*empty|holds no topology"
 )
 
 
@@ -208,7 +215,9 @@ def _of_topology(error: InvalidTopology) -> Problem:
     text = public_text(f"{error.problem}; {error.way_out}")
     if error.problem.startswith("there is no "):
         return problem("not-found", text)
-    if re.search(r"cannot be read|does not match its digest|damaged|lacks a|catalog .*empty", error.problem):
+    if re.search(
+        r"cannot be read|does not match its digest|damaged|lacks a|catalog .*empty|holds no topology", error.problem
+    ):
         detail = "what the catalog holds cannot be used; its operator must look at it"
         return problem("catalog-unavailable", detail, headers={"Retry-After": "60"})
     return problem("conflict", text)
