@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from shardlib_ops.cli import audit, cluster, demo, local, render, reshard, resharder, shard
+from shardlib_ops.cli import audit, cluster, demo, local, manager, render, reshard, resharder, schema, shard
 
 __all__ = ["app", "main"]
 
@@ -27,7 +27,9 @@ app.add_typer(cluster.app, name="cluster")
 app.add_typer(shard.app, name="shard")
 app.add_typer(reshard.app, name="reshard")
 app.add_typer(resharder.app, name="resharder")
+app.add_typer(schema.app, name="schema")
 app.add_typer(audit.app, name="audit")
+app.add_typer(manager.app, name="manager")
 app.command()(demo.demo)
 
 

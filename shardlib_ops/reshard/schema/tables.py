@@ -15,6 +15,7 @@ from shardlib_ops.reshard.present import SHOWN, keys_present
 from shardlib_ops.reshard.rows import read_shapes
 from shardlib_ops.reshard.schema.dump import OURS, Entry, apply, dump
 from shardlib_ops.reshard.schema.reference import copy_references, fill, together_locked
+from shardlib_ops.reshard.schema.revision import copy_revision
 from shardlib_ops.reshard.shape import bare, names_of, parts_of, present, unequal, unfit
 from shardlib_ops.reshard.world import Blocked, Failure
 
@@ -63,7 +64,7 @@ async def copy_after_rows(link: Link, references: Sequence[Table] = ()) -> None:
     """Let the sink have the origin's indexes, constraints, triggers and policies, if it has none of them.
 
     In one transaction; idempotent: nothing is done where both are alike. A foreign key that does not hold yet is added
-    NOT VALID.
+    NOT VALID. A sink without a revision of the application's migrations then has the origin's.
 
     Args:
         link: a leg, forward.
@@ -80,20 +81,25 @@ async def copy_after_rows(link: Link, references: Sequence[Table] = ()) -> None:
             await copy_references(link, references, origin, sink)
         wanted = await parts_of(origin, link.tables)
         found = await parts_of(sink, link.tables)
-        if wanted == found:
-            return
-        if not bare(found):
-            raise Failure(_different(link, unequal(wanted, found)))
-        listed = await _dumped(link, origin, "post-data")
-        async with sink.transaction():
-            await sink.execute(claimed(link.runner))
-            await sink.execute(
-                f"SET LOCAL lock_timeout = '{_LOCK_S}s'; SET LOCAL maintenance_work_mem = '{_BUILD_MEMORY}'".encode()
-            )
-            await apply(sink, link.sink, listed)
-            await _restore_identity(link, origin, sink)
-            if lines := unequal(await parts_of(origin, link.tables), await parts_of(sink, link.tables)):
-                raise Failure(_different(link, lines))
+        if wanted != found:
+            if not bare(found):
+                raise Failure(_different(link, unequal(wanted, found)))
+            await _complete(link, origin, sink)
+        # Only now: tables that lack their indexes are at no revision.
+        await copy_revision(origin, sink, link.runner)
+
+
+async def _complete(link: Link, origin: AsyncConnection[Any], sink: AsyncConnection[Any]) -> None:
+    listed = await _dumped(link, origin, "post-data")
+    async with sink.transaction():
+        await sink.execute(claimed(link.runner))
+        await sink.execute(
+            f"SET LOCAL lock_timeout = '{_LOCK_S}s'; SET LOCAL maintenance_work_mem = '{_BUILD_MEMORY}'".encode()
+        )
+        await apply(sink, link.sink, listed)
+        await _restore_identity(link, origin, sink)
+        if lines := unequal(await parts_of(origin, link.tables), await parts_of(sink, link.tables)):
+            raise Failure(_different(link, lines))
 
 
 async def validate_foreign_keys(link: Link) -> tuple[str, ...]:
