@@ -95,6 +95,11 @@ _CATALOG_AWRY: Final = re.compile(
 )
 
 
+_DAMAGED: Final = re.compile(
+    r"cannot be read|does not match its digest|damaged|lacks a|catalog .*empty|holds no topology"
+)
+
+
 class Problem(Exception):  # noqa: N818 - it is an answer, not a fault of this process
     """An answer that is an error.
 

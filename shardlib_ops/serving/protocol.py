@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -14,7 +14,26 @@ from shardlib_ops.settings import LimitSettings
 
 __all__ = ["BoundedProtocol", "protocol_class"]
 
+LINGER_S: Final = 2.0
+LINGER_BYTES: Final = 16 * 2**20
+
 _LOG = logging.getLogger("shardlib_ops.serving")
+
+
+class _Lingering:
+    """The transport of a connection as uvicorn sees it: its `close` is that of the protocol."""
+
+    def __init__(self, transport: asyncio.Transport, protocol: BoundedProtocol) -> None:
+        self._transport, self._protocol = transport, protocol
+
+    def close(self) -> None:
+        self._protocol.close()
+
+    def is_closing(self) -> bool:
+        return self._protocol.lingering or self._transport.is_closing()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 class BoundedProtocol(H11Protocol):
@@ -22,15 +41,23 @@ class BoundedProtocol(H11Protocol):
 
     Its client has `header_timeout_s` for the head of each request, counted from its first byte (for the first
     request from the connection's begin), and `write_timeout_s` to read what was sent.
+
+    A connection that is closed while a body is still coming is read on for a moment, and what comes is thrown away:
+    closed at once, TCP would answer those bytes by a reset, which takes the answer from the client that has not read
+    it yet (RFC 9112 9.6).
     """
 
     limits = LimitSettings()
     _head: asyncio.TimerHandle | None = None
     _write: asyncio.TimerHandle | None = None
+    _end: asyncio.TimerHandle | None = None
+    _thrown_away = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected: its time for the first head begins."""
         super().connection_made(transport)
+        self._real = transport
+        self.transport = cast("asyncio.Transport", _Lingering(transport, self))
         if len(self.connections) > self.limits.connections_max:
             _LOG.warning("a connection is closed at once: there are %d", self.limits.connections_max)
             transport.abort()
@@ -39,6 +66,11 @@ class BoundedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request, or of several."""
+        if self._end is not None:
+            self._thrown_away += len(data)
+            if self._thrown_away > LINGER_BYTES:
+                self._real.abort()
+            return
         if self._head is None and self.conn.their_state is h11.IDLE:
             self._await_head()
         super().data_received(data)
@@ -49,6 +81,8 @@ class BoundedProtocol(H11Protocol):
         """The connection is gone."""
         self._cancel_head()
         self._cancel_write()
+        if self._end is not None:
+            self._end.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -65,6 +99,23 @@ class BoundedProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """What came is no HTTP."""
         self._refuse("bad-request", "it is no HTTP/1.1, or its head is too long")
+
+    @property
+    def lingering(self) -> bool:
+        """Whether the connection is as good as closed, and read on only to throw away what comes."""
+        return self._end is not None
+
+    def close(self) -> None:
+        """Close the connection once what was sent has gone out."""
+        if self._end is not None:
+            return
+        if self.conn.their_state is not h11.SEND_BODY or self._real.is_closing():
+            self._real.close()
+            return
+        self._end = self.loop.call_later(LINGER_S, self._real.abort)
+        if self._real.can_write_eof():
+            self._real.write_eof()
+        self._real.resume_reading()
 
     def _await_head(self) -> None:
         self._head = self.loop.call_later(self.limits.header_timeout_s, self._no_head)

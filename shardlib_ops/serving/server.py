@@ -51,8 +51,8 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Lifespan:
-    """Remembers why an application did not start: uvicorn logs it and exits."""
+class _Served:
+    """An application as uvicorn sees it. Remembers why it did not start: uvicorn logs it and exits."""
 
     def __init__(self, app: App) -> None:
         self.app, self.error = app, None
@@ -62,7 +62,11 @@ class _Lifespan:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
-            await self.app(scope, receive, send)
+            try:
+                await self.app(scope, receive, send)
+            except asyncio.CancelledError:
+                # uvicorn ends what has not ended in time; it would log a traceback for it.
+                _LOG.warning("a request was cut off by the end of the server: %s %s", scope["method"], scope["path"])
             return
         try:
             await self.app(scope, receive, send)
@@ -132,7 +136,7 @@ async def listen(
         scheme = "https" if tls is not None else "http"
         urls = [f"{scheme}://{_shown(settings.host)}:{bound.getsockname()[1]}" for bound in sockets]
         for (inner, _), bound in zip(places, sockets, strict=True):
-            lifespan = _Lifespan(inner)
+            lifespan = _Served(inner)
             server = _Server(_config(lifespan, settings, limits, tls, with_lifespan=inner is app))
             servers.append(server)
             tasks.append(asyncio.ensure_future(_run(server, lifespan, bound)))
@@ -149,7 +153,7 @@ async def listen(
 
 
 def _config(
-    app: _Lifespan, settings: ServerSettings, limits: LimitSettings, tls: ServerTls | None, *, with_lifespan: bool
+    app: _Served, settings: ServerSettings, limits: LimitSettings, tls: ServerTls | None, *, with_lifespan: bool
 ) -> uvicorn.Config:
     return uvicorn.Config(
         app,
@@ -169,7 +173,7 @@ def _config(
     )
 
 
-async def _run(server: _Server, app: _Lifespan, bound: socket.socket) -> None:
+async def _run(server: _Server, app: _Served, bound: socket.socket) -> None:
     try:
         await server.serve(sockets=[bound])
     except SystemExit:

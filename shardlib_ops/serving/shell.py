@@ -32,6 +32,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+HEAD_BYTES_MAX: Final = 32 * 1024
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _ALLOW: Final = ", ".join(sorted(_METHODS))
 _ALWAYS: Final = [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]
@@ -88,6 +89,12 @@ class Shell:
                 await self._answer(scope, receive, answer, info)
         except ClientGone:
             return
+        except asyncio.CancelledError:
+            # The server's end, or that of whoever called: the client is told in either case, and the end goes on.
+            if not answer.started:
+                detail = "what it has begun was interrupted: look at it before asking again"
+                await answer.problem(problem("stopping", detail, headers={"Retry-After": "1"}))
+            raise
         except TimeoutError as error:
             if info.deadline is not None and info.deadline.expired():
                 found = problem("timeout", "what it has begun may still be going on: look at it before asking again")
@@ -117,6 +124,8 @@ class Shell:
     def _refuse_early(self, scope: Scope) -> None:
         if scope["method"] not in _METHODS:
             raise problem("method-not-allowed", headers={"Allow": _ALLOW})
+        if sum(len(key) + len(value) for key, value in scope["headers"]) > HEAD_BYTES_MAX:
+            raise problem("head-too-large", f"at most {HEAD_BYTES_MAX} bytes", headers={"Connection": "close"})
         if self._running > self._limits.requests_max:
             raise problem("unavailable", "too many requests at one time", headers={"Retry-After": "1"})
         if self._guard.verifier.open_to_all and not _from_here(scope):
