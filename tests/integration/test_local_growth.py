@@ -122,7 +122,7 @@ def test_data_is_not_deleted_unasked(shell: Shell) -> None:
     assert "shards=1 (not 2), replicas=0 (not 1)" in refused
     for way_out in ("up", "down"):
         assert f"local {way_out} --dir {shlex.quote(str(shell.folder))}" in refused
-    assert "shards=0" in shell.json("local", "up", "--shards", "0", code=1)["message"]
+    assert "--shards 0 is not" in shell.json("local", "up", "--shards", "0", code=1)["message"]
     asked = shell.done("local", "down", code=1)
     assert f"Delete the data of the stopped cluster in {shell.folder} (--yes" in asked.stderr
     shell.done("local", "down", code=1, typed="n\n")
