@@ -90,11 +90,6 @@ _PLACES: Final = re.compile(
 )
 
 
-_CATALOG_AWRY: Final = re.compile(
-    r"cannot be read|does not match its digest|damaged|lacks a|catalog .*empty|holds no topology"
-)
-
-
 _DAMAGED: Final = re.compile(
     r"cannot be read|does not match its digest|damaged|lacks a|catalog .*empty|holds no topology"
 )
