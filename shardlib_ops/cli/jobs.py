@@ -122,6 +122,8 @@ def show_plan(plan: Plan, names: Names) -> None:
 
 def show_job(job: Job, names: Names, wish: Wish | None = None) -> None:
     """Print one job."""
+    from shardlib_ops.reshard.job import Status
+
     said = {
         "job": f"{job.id} ({job.kind.value})",
         "status": job.status.value if job.outcome is None else f"{job.status.value}, outcome {job.outcome.value}",
@@ -133,6 +135,9 @@ def show_job(job: Job, names: Names, wish: Wish | None = None) -> None:
         "over": job.completed_at or "not yet",
         "completes": "when asked" if job.retention_s is None else f"{job.retention_s:g} s after the switch, by itself",
     }
+    if job.status.over and job.status is not Status.COMPLETED:
+        targets = ", ".join(dict.fromkeys(names.get(leg.target, leg.target) for leg in job.legs))
+        said["stays"] = f"tables that the job has made on {targets}, without its rows"
     render.facts(said)
     render.console().print()
     rows = [(_leg(names, leg), _way(names, leg)) for leg in job.legs]

@@ -195,6 +195,7 @@ def test_a_job_before_its_switch_can_be_paused_and_cancelled(ops: Ops) -> None:
     assert f"Cancel job {number}" in told.stderr
     assert f"asked job {number} to cancel" in told.stdout
     assert ops.json("resharder", "run", number)["status"] == "cancelled"
+    assert "tables that the job has made on shard-01, without its rows" in ops("reshard", "show", number).stdout
     assert "cancelled" in ops("reshard", "watch", number).output
 
 
