@@ -70,8 +70,8 @@ class Audit:
         await self.close()
 
     async def close(self) -> None:
-        """Wait for the entries under way and close the store; idempotent."""
-        await asyncio.to_thread(self._writer.shutdown, cancel_futures=True)
+        """Wait for the entries under way, which have their own time limits, and close the store; idempotent."""
+        await asyncio.to_thread(self._writer.shutdown)
         await asyncio.to_thread(self.store.close)
 
     @asynccontextmanager

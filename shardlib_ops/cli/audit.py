@@ -28,7 +28,7 @@ _LOOK_S: Final = 1.0
 Log = Annotated[
     str,
     typer.Option(
-        "--audit", envvar="SHARDLIB_AUDIT_URL", help="The log: catalog:, postgresql://...?log=NAME, or file:/path."
+        "--audit", envvar="SHARDLIB_AUDIT", help="The log: catalog:, postgresql://...?log=NAME, or file:/path."
     ),
 ]
 MaybeCatalog = Annotated[

@@ -207,6 +207,15 @@ async def test_a_log_that_hangs_is_given_up_and_what_waits_behind_it_is_never_wr
     assert len(taken) == 1
 
 
+async def test_a_log_that_is_closed_writes_what_it_was_given_before(store: AuditStore) -> None:
+    audit = Audit(store)
+    writing = [asyncio.create_task(audit.refused(ALICE, "login", str(number), "bad token")) for number in range(20)]
+    await asyncio.sleep(0)
+    await audit.close()
+    written = await asyncio.gather(*writing)
+    assert [entry.target for entry in entries(store)] == [entry.target for entry in written]
+
+
 async def test_a_log_that_was_closed_takes_nothing(store: AuditStore) -> None:
     audit = Audit(store)
     await audit.close()
