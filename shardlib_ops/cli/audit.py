@@ -75,8 +75,11 @@ def list_(
     With a filter the whole log is read, and the newest entries that fit are shown. An entry that cannot be read is
     always shown.
     """
+    from shardlib.errors import InvalidArgument
     from shardlib_ops.audit import Entry, walk
 
+    if kind not in (None, "intent", "outcome", "refused"):
+        raise InvalidArgument("kind", kind, "intent, outcome or refused")
     wanted = {"subject": subject, "target": target, "kind": kind, "request_id": request}
     earliest, latest = _time("since", since), _time("until", until)
 
@@ -290,7 +293,9 @@ def _show_report(report: Report, url: str, *, as_json: bool, by_heads: bool) -> 
     for one in report.findings:
         render.console().print(f"{one.kind}: {one.text}", markup=False)
     archived = f", those up to {report.first.seq} archived" if report.first.seq else ""
-    sound = "nothing wrong" if not report.findings else f"{len(report.findings)} findings"
+    sound = f"{len(report.findings)} findings" if report.findings else "nothing wrong"
+    if not report.entries and not report.findings:
+        sound = "an empty log; is it the right one?"
     render.console().print(
         f"{url}: {report.entries} entries{archived}, the last is {report.last.seq}: {sound}", markup=False
     )

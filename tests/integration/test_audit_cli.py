@@ -90,6 +90,7 @@ def work(where: tuple[str, ...], days: int) -> list[Entry]:
 
 def test_entries_are_listed_for_people_and_for_programs(where: tuple[str, ...]) -> None:
     assert done("list", *where, "--json") == ""
+    assert "an empty log" in done("verify", *where)
     entries = work(where, 4)
     shown = lines(done("list", *where, "--json"))
     assert [one["seq"] for one in shown] == list(range(1, 13))
@@ -268,6 +269,7 @@ def test_what_comes_is_followed_until_interrupted(where: tuple[str, ...]) -> Non
         ("list", "--audit", "nonsense"),
         ("list", "--catalog", "memory://x"),
         ("list", "--audit", "file:/a", "--since", "yesterday"),
+        ("list", "--audit", "file:/a", "--kind", "intents"),
         ("verify", "--audit", "file:/a", "--head", "no head"),
         ("verify", "--audit", "file:/a", "--key-file", "/none"),
     ],
