@@ -93,7 +93,7 @@ class Jwks:
         try:
             async with asyncio.timeout(FETCH_S):
                 found = keys_of_document(json.loads(await self._download()), self._settings.algorithms)
-        except (TimeoutError, OSError, ValueError, RecursionError, httpx.HTTPError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever a stranger's document leads to, the old keys still count
             _LOG.warning("the keys at auth.jwks_url cannot be fetched: %s", _why(error))
         else:
             if found:

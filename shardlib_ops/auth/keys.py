@@ -22,6 +22,7 @@ from jwt.exceptions import PyJWTError
 from shardlib.dsn import resolve_secret
 from shardlib.errors import InvalidArgument
 from shardlib_ops.settings import AuthSettings
+from shardlib_ops.settings.model import ALGORITHMS
 
 __all__ = ["Key", "keys_of_document", "read_keys", "signing_key"]
 
@@ -104,6 +105,8 @@ def _of_jwk(jwk: Mapping[str, Any]) -> Key | None:
     kid = jwk.get("kid")
     # `oct` would be a secret that everybody can read, and `d` a private key.
     if not isinstance(kid, str) or jwk.get("use", "sig") != "sig" or jwk.get("kty") == "oct" or "d" in jwk:
+        return None
+    if jwk.get("alg", ALGORITHMS[0]) not in ALGORITHMS:
         return None
     try:
         public = PyJWK({**jwk}, algorithm=jwk.get("alg") or _algorithm_of_kind(jwk)).key
