@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from shardlib_ops.cli import audit, cluster, demo, local, manager, render, reshard, resharder, schema, shard
+from shardlib_ops.cli import audit, cluster, demo, local, manager, render, reshard, resharder, schema, shard, token
 
 __all__ = ["app", "main"]
 
@@ -30,6 +30,7 @@ app.add_typer(resharder.app, name="resharder")
 app.add_typer(schema.app, name="schema")
 app.add_typer(audit.app, name="audit")
 app.add_typer(manager.app, name="manager")
+app.add_typer(token.app, name="token")
 app.command()(demo.demo)
 
 
