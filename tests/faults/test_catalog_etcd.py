@@ -23,11 +23,11 @@ from tests.support.topologies import await_newer, changed, facts, make_topology
 
 pytestmark = pytest.mark.fault
 
-BACK_S = 6.0
+BACK_S = 20.0
 """After a server answers again, a watch tells of the newest version within this time."""
-HUNG_S = 12.0
+HUNG_S = 20.0
 """A member that hangs is left by a watch within this time: 7 s of silence, and what it takes to connect
-anew.
+anew on a busy machine. It is less than the time between two polls, which would tell of it as well.
 """
 SECRET = "canary-77aa"
 
@@ -59,7 +59,7 @@ class Watcher:
         self.versions: list[int] = []
         self.alive: list[bool] = []
         self.watch = catalog.watch(self.versions.append, self.alive.append)
-        eventually(lambda: self.versions and self.alive, 5, "the watch begins")
+        eventually(lambda: self.versions and self.alive, 20, "the watch begins")
 
     def told_within(self, version: int, within_s: float) -> None:
         eventually(lambda: self.versions[-1] == version, within_s, f"the watch tells of version {version}")
@@ -79,11 +79,11 @@ class TestOneMember:
             server.kill()
             with pytest.raises(CatalogUnavailable, match=server.endpoint):
                 writer.version()
-            eventually(lambda: not watcher.alive[-1], 5, "the loss is told")
+            eventually(lambda: not watcher.alive[-1], 20, "the loss is told")
             server.start()
-            newest = publish_next(writer)
+            newest = eventually(lambda: publish_next(writer), 20, "it answers", ignore=CatalogUnavailable)
             watcher.told_within(newest, BACK_S)
-            eventually(lambda: watcher.alive[-1], 2, "the watch is alive")
+            eventually(lambda: watcher.alive[-1], 20, "the watch is alive")
         watcher.watch.close()
         writer.close()
 
@@ -94,10 +94,10 @@ class TestOneMember:
         began = time.monotonic()
         with pytest.raises(CatalogUnavailable):
             writer.version()
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 6, "its limit is 2 s; silence is noticed after 7 s"
         eventually(lambda: not watcher.alive[-1], HUNG_S, "silence is noticed")
         server.resume()
-        newest = eventually(lambda: publish_next(writer), 5, "it answers", ignore=CatalogUnavailable)
+        newest = eventually(lambda: publish_next(writer), 20, "it answers", ignore=CatalogUnavailable)
         watcher.told_within(newest, BACK_S)
         watcher.watch.close()
         writer.close()
@@ -107,7 +107,7 @@ class TestOneMember:
         server.pause()
         began = time.monotonic()
         watcher.watch.close()
-        assert time.monotonic() - began < 5, "it is not waited for until its silence is noticed"
+        assert time.monotonic() - began < 6.5, "it is not waited for until its silence is noticed"
         server.resume()
 
     def test_a_publish_that_was_cut_short_is_settled_by_its_nonce(
@@ -119,7 +119,7 @@ class TestOneMember:
             catalog.publish(following, expected=1)
         server.resume()
         # The first one may arrive now, before the second, or never: it is one write in any case.
-        eventually(catalog.version, 5, "it answers", ignore=CatalogUnavailable)
+        eventually(catalog.version, 20, "it answers", ignore=CatalogUnavailable)
         catalog.publish(following, expected=1)
         assert facts(catalog.load()) == facts(following)
         head = catalog._store.read_head(Deadline(2))
@@ -150,7 +150,7 @@ class TestOneMember:
         watch = late.watch(versions.append, lambda alive: None)
         eventually(lambda: versions[-1:] == [5], BACK_S, "the newest version is told")
         newer = publish_next(catalog)
-        eventually(lambda: versions[-1] == newer, 2, "the watch goes on")
+        eventually(lambda: versions[-1] == newer, 20, "the watch goes on")
         watch.close()
         late.close()
 
@@ -186,7 +186,7 @@ class TestOneMember:
         shutil.rmtree(tmp_path / "etcd" / "data")
         shutil.move(tmp_path / "backup", tmp_path / "etcd" / "data")
         server.start()
-        assert catalog.version() == 1
+        assert eventually(catalog.version, 20, "it answers", ignore=CatalogUnavailable) == 1
         eventually(lambda: "version 1 after 6" in caplog.text, BACK_S, "it is refused and said")
         assert cache.current.version == 6
         with pytest.raises(InvalidTopology, match="version 1 after 6"):
@@ -215,17 +215,17 @@ class TestThreeMembers:
         for member in cluster.etcd:
             getattr(member, fault)()
             newest = eventually(
-                lambda: publish_next(writer), 10, f"published without {member.name}", ignore=CatalogUnavailable
+                lambda: publish_next(writer), 30, f"published without {member.name}", ignore=CatalogUnavailable
             )
             watcher.told_within(newest, HUNG_S)
             began = time.monotonic()
-            assert eventually(reader.version, 5, "read", ignore=CatalogUnavailable) == newest
-            assert time.monotonic() - began < 4
+            assert eventually(reader.version, 20, "read", ignore=CatalogUnavailable) == newest
+            assert time.monotonic() - began < 15
             if fault == "kill":
                 member.start()
             else:
                 member.resume()
-            eventually(member.healthy, 10, f"{member.name} is healthy")
+            eventually(member.healthy, 30, f"{member.name} is healthy")
         watcher.watch.close()
         writer.close()
         reader.close()
@@ -301,9 +301,9 @@ class TestUsers:
             catalog._store.follow(0, stop, heard.append, lambda: None)
         thread = threading.Thread(target=catalog._store.follow, args=(0, stop, heard.append, lambda: None))
         thread.start()
-        eventually(lambda: heard, 5, "the next one is served")
+        eventually(lambda: heard, 20, "the next one is served")
         stop.set()
-        thread.join(5)
+        thread.join(20)
         assert not thread.is_alive()
         catalog.close()
 

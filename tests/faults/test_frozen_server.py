@@ -15,7 +15,7 @@ from shardlib.engine import schema
 from shardlib.errors import ShardUnavailable
 from shardlib_ops import LocalCluster
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 LIMIT_S = 2
 """The least that `connect_timeout_s` can be."""
@@ -63,12 +63,12 @@ def test_the_start_of_a_transaction(frozen: LocalCluster) -> None:
         began = time.monotonic()
         with engine.session("a") as session, pytest.raises(ShardUnavailable, match="began no transaction within 2 s"):
             session.execute(select(THING).where(THING.c.tenant == "a"))
-        assert LIMIT_S * 0.9 < time.monotonic() - began < LIMIT_S + 5
+        assert LIMIT_S * 0.9 < time.monotonic() - began < LIMIT_S + 15
         assert state(engine) == "open", "it counts as a failed attempt"
         began = time.monotonic()
         with engine.session("a") as session, pytest.raises(ShardUnavailable):
             session.execute(select(THING).where(THING.c.tenant == "a"))
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < LIMIT_S * 0.8, "the server was asked again"
 
 
 def test_the_start_of_a_pinned_transaction(frozen: LocalCluster) -> None:
@@ -79,7 +79,7 @@ def test_the_start_of_a_pinned_transaction(frozen: LocalCluster) -> None:
         began = time.monotonic()
         with pytest.raises(ShardUnavailable, match="began no transaction within 2 s"):
             conn.execute(text("SELECT 1"))
-        assert LIMIT_S * 0.9 < time.monotonic() - began < LIMIT_S + 5
+        assert LIMIT_S * 0.9 < time.monotonic() - began < LIMIT_S + 15
         assert state(engine) == "open"
 
 
@@ -92,7 +92,7 @@ async def test_the_start_of_a_transaction_under_asyncio(frozen: LocalCluster) ->
         async with engine.session("a") as session:
             with pytest.raises(ShardUnavailable, match="began no transaction within 2 s"):
                 await session.execute(select(THING).where(THING.c.tenant == "a"))
-        assert LIMIT_S * 0.9 < time.monotonic() - began < LIMIT_S + 5
+        assert LIMIT_S * 0.9 < time.monotonic() - began < LIMIT_S + 15
         assert state(engine.sync_engine) == "open"
 
 
@@ -109,7 +109,7 @@ def test_a_change_of_tables(frozen: LocalCluster, monkeypatch: pytest.MonkeyPatc
         began = time.monotonic()
         with pytest.raises(ShardUnavailable, match="no answer within 1 s"):
             engine.create_all(metadata)
-        assert time.monotonic() - began < 1 + LIMIT_S + 6
+        assert time.monotonic() - began < 1 + LIMIT_S + 15
         frozen.servers[0].resume()
         engine.create_all(METADATA)  # and the lock of the schema is free
 

@@ -32,7 +32,7 @@ with LocalCluster(shards=1, replicas=1, bootstrap=False) as cluster:
     print(json.dumps([str(cluster.directory), watchdog]), flush=True)
     {then}
 """
-GONE_S = 15.0
+GONE_S = 40.0
 
 
 class Owned(NamedTuple):

@@ -82,7 +82,7 @@ def test_a_restart_under_idle_connections_is_not_noticed(make: Make, servers: tu
 
 
 def test_the_breaker_opens_and_closes(make: Make, servers: tuple[LocalServer, LocalServer]) -> None:
-    client = make(breaker_failures=3, breaker_wait_s_first=2.0, breaker_wait_s_max=2.0)
+    client = make(breaker_failures=3, breaker_wait_s_first=6.0, breaker_wait_s_max=6.0)
 
     def state() -> str:
         return client.pools.stats()[0].breaker
@@ -97,10 +97,10 @@ def test_the_breaker_opens_and_closes(make: Make, servers: tuple[LocalServer, Lo
         began = time.monotonic()
         with pytest.raises(ShardUnavailable, match="3 attempts failed in a row"):
             client.pid("s1")
-        assert time.monotonic() - began < 1, "at once: the first new attempt is a second away or more"
+        assert time.monotonic() - began < 2.5, "at once: the first new attempt is three seconds away or more"
         client.pid("s2")
         servers[0].start()
-        client.eventually(lambda: client.pid("s1"), 20, "the server is asked again", ignore=(ShardUnavailable,))
+        client.eventually(lambda: client.pid("s1"), 40, "the server is asked again", ignore=(ShardUnavailable,))
         assert state() == "closed"
         client.pid("s1")
 
@@ -134,7 +134,7 @@ def test_a_frozen_server_costs_a_bounded_time_and_nobody_else(
         took_s = time.monotonic() - began
         servers[0].resume()
         assert len(errors) == 12
-        assert took_s < 9, f"two rounds of attempts of 2 s at most, not one for each of 12 users ({took_s:.1f} s)"
+        assert took_s < 11, f"two rounds of attempts of 2 s at most, not one for each of 12 users ({took_s:.1f} s)"
         assert meanwhile.count(0) >= 5, "another shard answers while every attempt at the frozen one still waits"
 
     client.run(body)
@@ -159,7 +159,7 @@ def test_a_server_that_freezes_after_the_login_is_cut(
         began = time.monotonic()
         with pytest.raises(ShardUnavailable):
             client.pid("s1")
-        assert time.monotonic() - began < 6
+        assert time.monotonic() - began < 15
         monkeypatch.setattr(client, "hook", None)
         servers[0].resume()
         client.pid("s1")
@@ -177,7 +177,7 @@ def test_a_ping_of_a_frozen_server_has_a_limit(make: Make, servers: tuple[LocalS
         began = time.monotonic()
         with pytest.raises(ShardUnavailable):
             client.pid("s1")
-        assert 1.9 < time.monotonic() - began < 8, "the ping, and one attempt to connect anew"
+        assert 1.9 < time.monotonic() - began < 15, "the ping, and one attempt to connect anew"
 
     client.run(body)
 
@@ -306,5 +306,5 @@ def test_a_fork_leaves_no_session_of_the_child_behind(servers: tuple[LocalServer
             query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'fork-test'"
             return admin.execute(query).fetchone() == (1,)
 
-    eventually(left, 5, "only the parent's session is left")
+    eventually(left, 20, "only the parent's session is left")
     client.close()

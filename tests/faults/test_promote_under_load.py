@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.promise("P2"), pytest.mark.promise("P3"), pytest.mark.
 
 CLIENTS = 2
 PAUSE_MAX_S = 1.0
+BUDGET_S = 5.0
+"""For so long a promotion may close the shard, if nothing else is said."""
 SLACK = 3.0
 """The machine of a test is shared: what takes 0.2 s alone may take this many times the limit."""
 
@@ -54,7 +56,7 @@ def test_a_promotion_under_load_loses_and_fails_nothing(
     tmp_path: Path, rng: random.Random, replicas: int, synchronous: bool
 ) -> None:
     keys = [f"key-{number}" for number in range(40)]
-    seconds = soak_seconds(20)
+    seconds = soak_seconds(90)  # or until both promotions are over
     with LocalCluster(shards=2, replicas=replicas, synchronous=synchronous) as cluster:
         hammer = Hammer(tmp_path, [cluster.url], keys, rng)
         hammer.prepare(cluster.url)
@@ -63,7 +65,7 @@ def test_a_promotion_under_load_loses_and_fails_nothing(
 
         def promote() -> None:
             try:
-                eventually(lambda: hammer.working, within_s=20, what="no client works")
+                eventually(lambda: hammer.working, within_s=40, what="no client works")
                 asyncio.run(back_and_forth(cluster, hammer, pauses, synchronous=synchronous))
             except BaseException as error:
                 failed.append(error)
@@ -72,16 +74,20 @@ def test_a_promotion_under_load_loses_and_fails_nothing(
         thread = threading.Thread(target=promote)
         with hammer.clients(CLIENTS, seconds):
             thread.start()
-            thread.join(timeout=seconds + 60)
+            began = time.monotonic()
+            thread.join(timeout=seconds + 120)
+            worked_s = time.monotonic() - began
+            hammer.end()
         assert not failed, failed
+        assert not thread.is_alive(), "the promotions do not end"
         catalog = open_catalog(cluster.url)
         topology = catalog.load()
         catalog.close()
         verdict = hammer.verdict(topology)
         print(f"{verdict}; closed for {pauses} s")
         assert verdict.violations == []
-        assert verdict.outcomes["ok"] > 5 * seconds
+        assert verdict.outcomes["ok"] > 5 * worked_s
         assert verdict.outcomes["failed"] == 0, verdict
         assert verdict.outcomes["unknown"] == 0, verdict
-        assert max(pauses) < PAUSE_MAX_S * SLACK
-        assert min(pauses) < PAUSE_MAX_S
+        assert min(pauses) < PAUSE_MAX_S * SLACK
+        assert max(pauses) < BUDGET_S * SLACK

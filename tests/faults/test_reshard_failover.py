@@ -34,7 +34,7 @@ from tests.support.failover import cut, fail_over, lead_to_either, mend, promote
 from tests.support.hammer import Hammer
 from tests.support.writers import metadata, note
 
-pytestmark = [pytest.mark.promise("P3"), pytest.mark.promise("P4"), pytest.mark.fault, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.promise("P3"), pytest.mark.promise("P4"), pytest.mark.fault, pytest.mark.timeout(420)]
 
 SOURCE, TARGET = "shard-01", "shard-02"
 COPYING = "copying"
@@ -82,7 +82,7 @@ class Strike:
 
 
 async def run(cluster: LocalCluster, job: Job, on_step: Callable[[str], Awaitable[None]] | None = None) -> Job:
-    async with Resharder(cluster.url, lease_ttl_s=3.0, on_step=on_step) as resharder, asyncio.timeout(90):
+    async with Resharder(cluster.url, lease_ttl_s=3.0, on_step=on_step) as resharder, asyncio.timeout(150):
         return await resharder.run(job.id)
 
 
@@ -120,8 +120,10 @@ def unhurt(cluster: LocalCluster, folder: Path, rng: random.Random) -> Iterator[
         if server.role == "primary":
             with server.connect() as conn:
                 conn.execute("ALTER TABLE bag REPLICA IDENTITY FULL")
-    with hammer.clients(2, 15.0):
+    with hammer.clients(2, 300.0):
+        eventually(lambda: hammer.working, 60, "the clients work")
         yield
+        hammer.end()
     verdict = hammer.verdict(stored(cluster))
     print(verdict)
     assert verdict.violations == []
@@ -169,7 +171,7 @@ def test_a_server_of_a_job_fails_over_under_load(
         with unhurt(cluster, tmp_path, rng):
             thread = threading.Thread(target=work)
             thread.start()
-            thread.join(timeout=150)
+            thread.join(timeout=300)
             print(strike.steps)
             assert not thread.is_alive(), "the job does not rest"
             assert not failed, failed
@@ -202,7 +204,7 @@ class Cluster:
                 return sorted(session.scalars(select(note.c.uid)))
 
         # An engine learns of a new primary within moments.
-        return eventually(scan, within_s=20, what="no scan", ignore=ShardUnavailable)
+        return eventually(scan, within_s=40, what="no scan", ignore=ShardUnavailable)
 
     def held(self) -> dict[str, list[str]]:
         """The rows as they are on each shard."""
@@ -220,7 +222,7 @@ class Cluster:
             (lsn,) = conn.execute("SELECT pg_current_wal_lsn()").fetchone() or (None,)
             eventually(
                 lambda: standby.execute("SELECT pg_last_wal_replay_lsn() >= %s", (lsn,)).fetchone() == (True,),
-                within_s=20,
+                within_s=40,
                 what="the replica does not follow",
             )
 
@@ -357,7 +359,7 @@ async def told(manager: Manager, job: Job, running: asyncio.Task[Job]) -> str:
         error = (await manager.get_job(job.id)).error
         return error if "has not replayed" in (error or "") else None
 
-    return str(await eventually_async(waits, 40, "it does not wait for the replica"))
+    return str(await eventually_async(waits, 60, "it does not wait for the replica"))
 
 
 @pytest.mark.parametrize("shard", [SOURCE, TARGET])

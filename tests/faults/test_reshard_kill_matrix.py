@@ -14,14 +14,16 @@ import psycopg
 import pytest
 
 from shardlib.catalog import open_catalog
+from shardlib.errors import InvalidTopology
 from shardlib_ops import LocalCluster
 from shardlib_ops.manager.manager import Manager
 from shardlib_ops.reshard.job import Job, Status
 from shardlib_ops.reshard.resharder import Resharder
+from tests.support.eventually import eventually
 from tests.support.hammer import Hammer
 from tests.support.job_runner import run_and_die
 
-pytestmark = [pytest.mark.promise("P4"), pytest.mark.fault, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.promise("P4"), pytest.mark.fault, pytest.mark.timeout(420)]
 
 BEFORE = [
     "claimed", "schema_copied", "sides_prepared", "announced", "status_precopy", "leg_copied", "schema_finished",
@@ -35,15 +37,27 @@ MATRIX = [
     *((step, what) for step in AFTER for what in ("resume", "rollback")),
     *((step, "resume") for step in CLEANING),
 ]
+BACK = "back/"
+"""Before the name of a step: that of the rollback."""
+BACK_BEFORE = ["gates_closed", "guarded", "drained", "compared", "handed_over"]
+BACK_AFTER = ["switched", "gates_opened"]
+MATRIX_BACK = [
+    *((BACK + step, what) for step in (*BACK_BEFORE, *BACK_AFTER) for what in ("resume", "cancel", "rollback")),
+    *((BACK + step, "rollback") for step in CLEANING),
+]
 EVERY = os.environ.get("SHARDLIB_KILL_MATRIX") == "all"
 IN_CI = 3
+BACK_IN_CI = 2
 
 
 def chosen() -> list[tuple[str, str]]:
     """All of it when asked for, else some by the seed of the run."""
     from tests.conftest import SEED
 
-    return MATRIX if EVERY else random.Random(SEED).sample(MATRIX, IN_CI)
+    if EVERY:
+        return [*MATRIX, *MATRIX_BACK]
+    rng = random.Random(SEED)
+    return [*rng.sample(MATRIX, IN_CI), *rng.sample(MATRIX_BACK, BACK_IN_CI)]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +67,7 @@ def cluster() -> Iterator[LocalCluster]:
 
 
 async def run(url: str, job: Job, *, complete: bool = False) -> Job:
-    async with Resharder(url, lease_ttl_s=2.0) as resharder, asyncio.timeout(60):
+    async with Resharder(url, lease_ttl_s=2.0) as resharder, asyncio.timeout(120):
         return await resharder.run(job.id, complete=complete)
 
 
@@ -62,19 +76,45 @@ async def one(cluster: LocalCluster, step: str, what: str) -> None:
     url = cluster.url
     async with Manager(url) as manager:
         job = await manager.split("shard-01", targets=[{"shard_id": "shard-02"}])
-        await asyncio.to_thread(run_and_die, url, job.id, step, complete=step in CLEANING)
-        if what == "cancel":
-            await manager.cancel(job.id)
-        elif what == "rollback":
-            if (await manager.get_job(job.id)).status is not Status.VALIDATION:
-                await run(url, job)  # the record lags behind the topology by this step
-            await manager.rollback(job.id)
-        ended = await run(url, job, complete=what == "resume")
-        wanted = {"resume": Status.COMPLETED, "cancel": Status.CANCELLED, "rollback": Status.ROLLED_BACK}
-        assert ended.status is wanted[what], ended.error
-        if what == "resume":  # back, so that the next one finds the cluster as this one did
+        if step.startswith(BACK):
+            ended = await dies_on_its_way_back(manager, url, job, step.removeprefix(BACK), what)
+        else:
+            ended = await dies_on_its_way(manager, url, job, step, what)
+        if ended is Status.COMPLETED:  # back, so that the next one finds the cluster as this one did
             back = await manager.split("shard-02", targets=[{"shard_id": "shard-01"}], keep=256)
             assert (await run(url, back, complete=True)).status is Status.COMPLETED
+
+
+async def dies_on_its_way(manager: Manager, url: str, job: Job, step: str, what: str) -> Status:
+    await asyncio.to_thread(run_and_die, url, job.id, step, complete=step in CLEANING)
+    if what == "cancel":
+        await manager.cancel(job.id)
+    elif what == "rollback":
+        if (await manager.get_job(job.id)).status is not Status.VALIDATION:
+            await run(url, job)  # the record lags behind the topology by this step
+        await manager.rollback(job.id)
+    ended = await run(url, job, complete=what == "resume")
+    wanted = {"resume": Status.COMPLETED, "cancel": Status.CANCELLED, "rollback": Status.ROLLED_BACK}
+    assert ended.status is wanted[what], ended.error
+    return ended.status
+
+
+async def dies_on_its_way_back(manager: Manager, url: str, job: Job, step: str, what: str) -> Status:
+    """A rollback that has not happened is withdrawn by `resume` alone."""
+    rested = await run(url, job)
+    assert rested.status is Status.VALIDATION, rested.error
+    await manager.rollback(job.id)
+    await asyncio.to_thread(run_and_die, url, job.id, step)
+    if what == "resume":
+        await manager.resume(job.id)
+    elif what == "cancel":
+        for refused in (manager.cancel, manager.complete):
+            with pytest.raises(InvalidTopology, match=f"job {job.id}"):
+                await refused(job.id)
+    ended = await run(url, job, complete=what == "resume")
+    withdrawn = what == "resume" and step in BACK_BEFORE
+    assert ended.status is (Status.COMPLETED if withdrawn else Status.ROLLED_BACK), ended.error
+    return ended.status
 
 
 @contextmanager
@@ -89,8 +129,10 @@ def unhurt(cluster: LocalCluster, folder: Path, rng: random.Random) -> Iterator[
     for server in cluster.servers:
         with psycopg.connect(server.dsn) as conn:
             conn.execute("ALTER TABLE bag REPLICA IDENTITY FULL")
-    with hammer.clients(2, 12.0):
+    with hammer.clients(2, 360.0):
+        eventually(lambda: hammer.working, 60, "the clients work")
         yield
+        hammer.end()
     catalog = open_catalog(cluster.url)
     topology = catalog.load()
     catalog.close()
@@ -129,6 +171,6 @@ def test_p4_a_killed_runner_is_followed_by_another(
     with unhurt(cluster, tmp_path, rng):
         thread = threading.Thread(target=work)
         thread.start()
-        thread.join(timeout=150)
+        thread.join(timeout=360)
         assert not thread.is_alive(), "the job does not rest"
         assert not failed, failed

@@ -18,7 +18,7 @@ from shardlib_ops.reshard.resharder import Resharder
 from shardlib_ops.reshard.servers import Servers
 from tests.support.schedules.client import account, more
 
-pytestmark = [pytest.mark.promise("P8"), pytest.mark.fault, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.promise("P8"), pytest.mark.fault, pytest.mark.timeout(240)]
 
 
 async def test_p8_a_write_to_the_old_side_just_before_a_rollback_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ async def test_p8_a_write_to_the_old_side_just_before_a_rollback_is_refused(monk
             return await publish(self, after, expected=expected)
 
         monkeypatch.setattr(Servers, "publish", outsider_first)
-        async with Manager(cluster.url) as manager, Resharder(cluster.url) as resharder, asyncio.timeout(60):
+        async with Manager(cluster.url) as manager, Resharder(cluster.url) as resharder, asyncio.timeout(120):
             job = await manager.move_keys([moving], target={"shard_id": "shard-02"})
             assert (await resharder.run(job.id)).status is Status.VALIDATION
             await manager.rollback(job.id)

@@ -31,7 +31,7 @@ def identify(cluster: LocalCluster) -> None:
 
 
 async def run_job(url: str, job: Job, *, complete: bool = False) -> Job:
-    async with Resharder(url) as resharder, asyncio.timeout(120):
+    async with Resharder(url) as resharder, asyncio.timeout(180):
         return await resharder.run(job.id, complete=complete)
 
 
@@ -82,6 +82,7 @@ def test_p3_split_rollback_split_and_merge_under_load(tmp_path: Path, rng: rando
             print(done)
         thread.join(timeout=120)
         assert not failed, failed
+        assert not thread.is_alive(), "the jobs do not rest"
         assert done == ["split", "rolled back", "split again", "merged"]
         catalog = open_catalog(cluster.url)
         topology = catalog.load()

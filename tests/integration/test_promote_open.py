@@ -20,7 +20,7 @@ from shardlib_ops.manager.promote.record import PromotionStore
 from tests.support.eventually import eventually
 from tests.support.promote_runner import die_at
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 SHARD = "shard-01"
 
@@ -39,7 +39,7 @@ async def manager(cluster: LocalCluster) -> AsyncIterator[Manager]:
 
 async def resumed(manager: Manager, cluster: LocalCluster) -> Promotion:
     """Resume as soon as the lease of the dead manager has ended."""
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(60):
         while True:
             try:
                 return await manager.resume_promotion(SHARD, rejoin=cluster.rejoin)
@@ -134,7 +134,7 @@ async def test_an_undone_promotion_leaves_the_replica_its_synchronous_setting(
             " WHERE name = 'synchronous_standby_names'"
         )
         expected = [(names, True)] if by_sql else [("", None)]
-        eventually(lambda: there.execute(settings).fetchall() == expected, within_s=10)
+        eventually(lambda: there.execute(settings).fetchall() == expected, within_s=40)
 
         async def told(step: str) -> None:
             if step == "cascaded":
@@ -144,7 +144,7 @@ async def test_an_undone_promotion_leaves_the_replica_its_synchronous_setting(
         try:
             with pytest.raises(InvalidTopology, match="was not promoted, and is as before: not today"):
                 await manager.promote_replica(SHARD, on_step=told)
-            eventually(lambda: there.execute(settings).fetchall() == expected, within_s=10)
+            eventually(lambda: there.execute(settings).fetchall() == expected, within_s=40)
         finally:
             for conn in (here, there):
                 conn.execute("ALTER SYSTEM RESET synchronous_standby_names")

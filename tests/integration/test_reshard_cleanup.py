@@ -124,7 +124,7 @@ async def test_the_rate_is_kept(make: Make) -> None:
         assert await purge(side.link, side.shapes, rows_per_s=3000, blocks=4, on_progress=mark) == 3000
         # A batch holds about 130 rows, so at any time no more than that is ahead.
         assert all(deleted <= 3000 * at + 300 for at, deleted in marks)
-        assert clock() - began < 10
+        assert clock() - began < 40
 
 
 COLUMNS = {

@@ -358,7 +358,7 @@ async def test_a_killed_connection_surfaces_and_the_next_copy_is_exact(make: Mak
 
 async def _nobody_is_left(pair: Pair) -> None:
     query = f"SELECT 1 FROM pg_stat_activity WHERE application_name LIKE 'shardlib job {pair.link.runner.job} %'"
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         for conn in (pair.a, pair.b):
             while await pair.rows(conn, query):  # noqa: ASYNC110 - the server tells nobody
                 await asyncio.sleep(0.01)
@@ -372,7 +372,7 @@ async def test_cancelling_closes_everything(make: Make, use_psql: bool) -> None:
     task = asyncio.create_task(
         pair.copy(use_psql=use_psql, chunk_bytes=16384, bytes_per_s=20_000, on_progress=lambda _: begun.set())
     )
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await begun.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

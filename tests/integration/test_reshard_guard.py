@@ -575,7 +575,7 @@ class Writers:
     async def goes_on(self, *, moved: int = 0, staying: int = 0, refused: int = 0) -> None:
         """Wait until so many more of each have happened."""
         wanted = (self.in_moved + moved, self.in_staying + staying, self.refusals + refused)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 now = (self.in_moved, self.in_staying, self.refusals)
                 if all(count >= least for count, least in zip(now, wanted, strict=True)):
@@ -586,7 +586,7 @@ class Writers:
 async def nobody_else(side: OldSide) -> None:
     """Wait for who may have written before the guard stood; there is always somebody who came later."""
     first = await foreign_writers(side.conn, side.shapes)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             if not lasting(first, await foreign_writers(side.conn, side.shapes)):
                 return

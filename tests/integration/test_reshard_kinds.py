@@ -177,7 +177,7 @@ async def test_undo(books: Books, manager: Manager) -> None:
         job = await books.run(await manager.split("shard-01", targets=[target]), complete=False)
         assert job.status is Status.VALIDATION, job.error
         told = books.told.total()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while books.told.total() < told + 100:  # noqa: ASYNC110 - told by threads
                 await asyncio.sleep(0.05)
         await manager.rollback(job.id)

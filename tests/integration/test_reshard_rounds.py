@@ -110,7 +110,7 @@ async def test_a_connection_that_ends_by_itself_while_a_claim_ends_others_is_non
         done, _ = await asyncio.wait([claim], timeout=0.7)
         assert not done, "it waits for the first of them"
         await old[ends].close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(40):
             while await count(look, "SELECT count(*)::int FROM pg_stat_activity WHERE pid = %s", ends):  # noqa: ASYNC110 - told by nobody
                 await asyncio.sleep(0.02)
     finally:

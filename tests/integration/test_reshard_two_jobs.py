@@ -16,7 +16,7 @@ from shardlib_ops.reshard.resharder import Resharder
 from shardlib_ops.reshard.store import JobStore
 from tests.support.writers import metadata
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ class Overtaken(JobStore):
 
 
 async def run(url: str, job_id: int) -> Job:
-    async with Resharder(url) as resharder, asyncio.timeout(60):
+    async with Resharder(url) as resharder, asyncio.timeout(100):
         return await resharder.run(job_id, complete=True)
 
 

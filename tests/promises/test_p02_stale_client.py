@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from tests.support.pgbouncer import MISSING, PgBouncer, find_pgbouncer
 pytestmark = [pytest.mark.promise("P2"), pytest.mark.fault, pytest.mark.timeout(300)]
 
 CLIENTS = 8
+FROZEN_TURN = 5
+"""In which a client is frozen whatever the dice say: a slow machine has few turns."""
 
 
 def hammered(
@@ -40,8 +43,10 @@ def hammered(
         mover = Mover(catalog, keys, rng, budget_s=1.0)
         stack.callback(mover.close)
         with hammer.clients(CLIENTS, seconds, **settings):
-            while hammer.running:
-                if rng.random() < 0.15:
+            for turn in count():
+                if not hammer.running:
+                    break
+                if turn == FROZEN_TURN or rng.random() < 0.15:
                     with hammer.one_frozen():
                         for _ in range(rng.randint(1, 5)):
                             mover.step()

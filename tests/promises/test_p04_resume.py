@@ -19,7 +19,7 @@ from shardlib_ops.reshard.job import Status
 from shardlib_ops.reshard.resharder import Resharder
 from tests.support.job_runner import run_and_die
 
-pytestmark = [pytest.mark.promise("P4"), pytest.mark.fault]
+pytestmark = [pytest.mark.promise("P4"), pytest.mark.fault, pytest.mark.timeout(300)]
 
 KEYS = [f"key-{number}" for number in range(60)]
 

@@ -71,9 +71,9 @@ def test_p5_work_goes_on_while_etcd_is_killed_and_stopped(cluster: LocalCluster,
         assert count(facade) == 10
         etcd.resume()
         with open_operator(cluster) as operator:  # and what changes afterwards is learned
-            before = eventually(operator.load, 20, ignore=errors.CatalogUnavailable)
+            before = eventually(operator.load, 40, ignore=errors.CatalogUnavailable)
             operator.publish(changed(before), expected=before.version)
-        eventually(lambda: facade.core.topology.version > before.version, 20)
+        eventually(lambda: facade.core.topology.version > before.version, 40)
     finally:
         facade.close()
 
@@ -85,7 +85,7 @@ def test_p5_an_application_starts_from_its_saved_topology(
     file, etcd = tmp_path / "topology", cluster.etcd[0]
     first = kind(cluster.url, topology_file=file)
     add(first, 0)
-    eventually(file.exists, 5)
+    eventually(file.exists, 30)
     first.close()
     assert file.stat().st_mode & 0o077 == 0
     getattr(etcd, fault)()
@@ -97,9 +97,9 @@ def test_p5_an_application_starts_from_its_saved_topology(
         assert count(second) == 2
         etcd.start() if fault == "kill" else etcd.resume()
         with open_operator(cluster) as operator:
-            before = eventually(operator.load, 20, ignore=errors.CatalogUnavailable)
+            before = eventually(operator.load, 40, ignore=errors.CatalogUnavailable)
             operator.publish(changed(before), expected=before.version)
-        eventually(lambda: second.core.topology.version > before.version, 20, "it follows the catalog again")
+        eventually(lambda: second.core.topology.version > before.version, 40, "it follows the catalog again")
     finally:
         second.close()
 
@@ -108,7 +108,7 @@ def test_p5_an_old_saved_topology_is_safe(cluster: LocalCluster, kind: Any, tmp_
     """The gates have changed since it was saved: its holder is refused, and goes on once the catalog is back."""
     file = tmp_path / "topology"
     first = kind(cluster.url, topology_file=file)
-    eventually(file.exists, 5)
+    eventually(file.exists, 30)
     first.close()
     catalog = open_catalog(cluster.url)
     topology = catalog.load()
@@ -130,7 +130,7 @@ def test_p5_an_old_saved_topology_is_safe(cluster: LocalCluster, kind: Any, tmp_
         with pytest.raises(errors.StaleTopology):
             count(second)
         cluster.etcd[0].start()
-        eventually(lambda: second.core.topology.version == topology.version, 20)
+        eventually(lambda: second.core.topology.version == topology.version, 40)
         add(second, 0)
         assert count(second) == 1
     finally:

@@ -17,7 +17,7 @@ from shardlib_ops.manager.manager import Manager
 from shardlib_ops.reshard.job import Job, Status
 from shardlib_ops.reshard.resharder import Resharder
 
-pytestmark = pytest.mark.promise("P8")
+pytestmark = [pytest.mark.promise("P8"), pytest.mark.timeout(240)]
 
 KEYS = [f"key-{number}" for number in range(40)]
 

@@ -23,7 +23,7 @@ from shardlib import ShardedEngine
 from shardlib.token import hash_of
 from shardlib.topology import Topology
 from tests.support.history import Held, Read, Write, check
-from tests.support.workload import Settings, counter, metadata, register
+from tests.support.workload import Settings, counter, end_of, metadata, register
 
 
 @dataclass
@@ -106,6 +106,11 @@ class Hammer:
         if bad:
             logs = "\n".join((self.folder / f"client-{n}.log").read_text()[-3000:] for n, _ in bad)
             raise AssertionError(f"clients ended with {bad}\n{logs}")
+
+    def end(self) -> None:
+        """Tell every client that it was enough."""
+        for out in self._files:
+            end_of(out).touch()
 
     @property
     def running(self) -> bool:

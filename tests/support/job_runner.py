@@ -35,7 +35,7 @@ def run_and_die(url: str, job: int, step: str, *, complete: bool = False) -> Non
     """Run a job in a process of its own until it dies at a step."""
     arguments = {"url": url, "job": job, "step": step, "complete": complete}
     command = [sys.executable, "-m", "tests.support.job_runner", json.dumps(arguments)]
-    died = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    died = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert died.returncode == DIED, f"it did not reach {step}: {died.stdout}{died.stderr[-3000:]}"
 
 

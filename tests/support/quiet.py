@@ -40,7 +40,7 @@ def dirty(conn: psycopg.Connection[Any]) -> list[str]:
     return found
 
 
-def assert_quiet(engine: ShardedEngine, servers: Iterable[LocalServer], within_s: float = 5.0) -> None:
+def assert_quiet(engine: ShardedEngine, servers: Iterable[LocalServer], within_s: float = 20.0) -> None:
     """Everything that was in use has come back clean, or is gone, within the time."""
     connections = [server.connect() for server in servers]
 

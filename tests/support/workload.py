@@ -1,7 +1,7 @@
 """A client process of the fault tests: writes and strong reads through a sharded engine, and what it was told of each.
 
 Run as ``python -m tests.support.workload`` with a JSON object of `Settings` as its only argument. It writes one JSON
-line an operation to `out`, and ends by itself.
+line an operation to `out`, and ends by itself, or when it is told to (`end_of`).
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ class Settings:
     isolation: str | None = None
     plant: str | None = None
     """A fault to put in on purpose, to show that the checks see it: `no gate`."""
+
+
+def end_of(out: str | Path) -> Path:
+    """The file that ends the client with this output, when it is there, before its time is over."""
+    return Path(out).with_suffix(".end")
 
 
 class Recorder:
@@ -131,6 +136,7 @@ class Worker:
         self.client, self.recorder, self.own = client, recorder, own
         self.random = random.Random(seed)
         self.until = time.monotonic() + client.settings.seconds
+        self.end = end_of(client.settings.out)
 
     def plan(self) -> tuple[str, str, bool, float]:
         pick = self.random.random()
@@ -147,7 +153,7 @@ class Worker:
 
     def going(self) -> bool:
         """Whether there is time for one more."""
-        return time.monotonic() < self.until
+        return time.monotonic() < self.until and not self.end.exists()
 
     def one(self) -> Any:
         """One operation, as a part of `steps`."""
