@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 
 from shardlib.catalog import Catalog, open_catalog
 from shardlib.errors import InvalidArgument
@@ -100,10 +100,8 @@ def create_app(
     install_problems(app)
     install_refusals(app, guard, audit)
     services = Services(Cluster(manager, catalog, settings.endpoints), changes, settings.limits.page_max)
-    router = APIRouter(prefix=PREFIX)
-    router.include_router(shard_routes(services))
-    router.include_router(job_routes(services))
-    app.include_router(router)
+    app.include_router(shard_routes(services), prefix=PREFIX)
+    app.include_router(job_routes(services), prefix=PREFIX)
     app.include_router(health_router(HealthChecks(_checks(catalog, audit))))
     app.add_middleware(Shell, guard=guard, limits=settings.limits, server=settings.manager, metrics=metrics)
     app.state.registry = metrics.registry

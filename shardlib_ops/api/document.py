@@ -8,6 +8,7 @@ from typing import Any, Final
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from shardlib_ops.api.answers import ProblemAnswer
 from shardlib_ops.auth import Role
 from shardlib_ops.serving.problem import MEDIA_TYPE
 
@@ -35,8 +36,12 @@ def install_document(app: FastAPI, roles: Mapping[str, Role | None]) -> None:
             for path, calls in found["paths"].items():
                 for method, call in calls.items():
                     _mend(call, roles.get(f"{method.upper()} {path}"))
-            found.get("components", {}).get("schemas", {}).pop("HTTPValidationError", None)
-            found.get("components", {}).get("schemas", {}).pop("ValidationError", None)
+            schemas = found["components"]["schemas"]
+            for unused in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(unused, None)
+            shape = ProblemAnswer.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(shape.pop("$defs", {}))
+            schemas["ProblemAnswer"] = shape
             app.openapi_schema = found
         return app.openapi_schema
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, TypeVar
 from fastapi import Header, Path, Query, Request, Response
 from pydantic import BaseModel
 
-from shardlib_ops.api.answers import ProblemAnswer, tag_of
+from shardlib_ops.api.answers import tag_of
 from shardlib_ops.api.change import Change
 from shardlib_ops.api.changes import Changes
 from shardlib_ops.api.cluster import Cluster
@@ -23,6 +23,7 @@ from shardlib_ops.serving.requests import request_info
 __all__ = ["PREFIX", "Cursor", "JobId", "Key", "PageSize", "Services", "ShardId", "json_answer", "page", "problems"]
 
 PREFIX: Final = "/api/v1"
+PROBLEM_SCHEMA: Final = "#/components/schemas/ProblemAnswer"
 PAGE_DEFAULT: Final = 100
 ID_MAX: Final = 10**9
 
@@ -146,6 +147,6 @@ def problems(*more: str) -> dict[int | str, dict[str, Any]]:
     )  # fmt: skip
     for slug in (*always, *more):
         status, title = KINDS[slug]
-        described = found.setdefault(status, {"model": ProblemAnswer, "description": title})
-        described["content"] = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemAnswer"}}}
+        # No `model`: FastAPI would build a validator for each of them, at each route.
+        found.setdefault(status, {"description": title, "content": {MEDIA_TYPE: {"schema": {"$ref": PROBLEM_SCHEMA}}}})
     return dict(sorted(found.items(), key=lambda item: int(item[0])))
