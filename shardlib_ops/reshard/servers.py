@@ -33,6 +33,7 @@ from shardlib_ops.reshard.schema import (
     copy_before_rows,
     validate_foreign_keys,
 )
+from shardlib_ops.reshard.schema.change import CHANGE, decode_change
 from shardlib_ops.reshard.side import ShardSide, translated
 from shardlib_ops.reshard.store import JobStore
 from shardlib_ops.reshard.stream import (
@@ -237,6 +238,9 @@ class Servers:
     async def schema_before_rows(self, leg: Leg) -> None:
         """See `World.schema_before_rows`."""
         self.progress.begins("prepare")
+        found = await self._ask(partial(self._catalog.read_document, CHANGE))
+        if found is not None and (tables := decode_change(found.data)).open:
+            raise Blocked(f"{tables}, so that the shards' tables are not alike: `schema apply` brings it to its end")
         await copy_before_rows(self.link(leg), self.references)
 
     @translated

@@ -23,10 +23,11 @@ from shardlib.topology import Shard, Topology
 from shardlib.topology.change import record_tables
 from shardlib_ops.manager.base import Base
 from shardlib_ops.reshard.schema.revision import read_revision
+from shardlib_ops.reshard.schema.structure import Structure, differences, read_structure, tables_in
 from shardlib_ops.reshard.together import together
 from shardlib_ops.schema.blocking import BlockingSchemaManager
 from shardlib_ops.schema.crew import Crew, WorkerLost
-from shardlib_ops.schema.drift import Structure, differences, read_structure, tables_in, unlike_metadata
+from shardlib_ops.schema.drift import unlike_metadata
 from shardlib_ops.schema.errors import MigrationFailed
 from shardlib_ops.schema.model import Applied, SchemaStatus, Script, ShardRevision
 from shardlib_ops.schema.order import Answer, Order

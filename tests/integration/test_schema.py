@@ -315,6 +315,33 @@ def test_a_new_shard_has_the_revision_and_a_job_keeps_changes_away(
     asyncio.run(story())
 
 
+async def test_a_job_waits_for_a_half_done_change(cluster: LocalCluster, migrations: Migrations) -> None:
+    with connected(cluster, SHARDS[1]) as conn:
+        conn.execute("CREATE TABLE extra (x int)")
+    async with (
+        SchemaManager(cluster.url, config=migrations.ini) as manager,
+        Manager(cluster.url) as operator,
+        asyncio.timeout(200),
+    ):
+        await manager.apply(metadata=metadata())
+        migrations.add("a2", 'op.execute("CREATE TABLE extra (x int)")')
+        with pytest.raises(MigrationFailed):
+            await manager.apply()
+        job = await operator.drain("shard-03")
+        async with Resharder(cluster.url) as resharder:
+            running = asyncio.create_task(resharder.run(job.id))
+            while "it stopped at shard 'shard-02'" not in ((await operator.get_job(job.id)).error or ""):
+                assert not running.done()
+                await asyncio.sleep(0.2)
+            with connected(cluster, SHARDS[1]) as conn:
+                conn.execute("DROP TABLE extra")
+            await manager.apply()
+            assert (await running).status is Status.VALIDATION
+            await operator.rollback(job.id)
+            assert (await resharder.run(job.id)).status is Status.ROLLED_BACK
+    assert revisions(cluster) == ["a2", "a2", "a2"]
+
+
 def test_an_env_that_does_not_call_shardlib(cluster: LocalCluster, migrations: Migrations) -> None:
     migrations.env("raise SystemExit('it would migrate another database')")
     with (
