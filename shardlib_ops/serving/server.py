@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import uvicorn
 from prometheus_client import CollectorRegistry
 
 from shardlib.errors import InvalidArgument
 from shardlib_ops.serving.metrics import MetricsApp
-from shardlib_ops.serving.protocol import protocol_class
+from shardlib_ops.serving.protocol import BoundedProtocol, protocol_class
 from shardlib_ops.serving.shell import App, Receive, Send
 from shardlib_ops.serving.tls import ServerTls
 from shardlib_ops.settings import LimitSettings, ServerSettings
@@ -28,6 +29,7 @@ _LOG = logging.getLogger("shardlib_ops.serving")
 HEAD_BYTES_MAX: Final = 16 * 1024
 KEEP_ALIVE_S: Final = 15
 START_S: Final = 60.0
+TLS_END_S: Final = 5.0
 BACKLOG: Final = 512
 
 
@@ -44,15 +46,42 @@ class Listening:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server without its handlers of signals: who starts it decides what a signal means."""
+    """uvicorn's server without its handlers of signals and its exits: who starts it decides what they mean."""
+
+    def __init__(self, config: uvicorn.Config, served: _Served, handshake_s: float) -> None:
+        super().__init__(config)
+        self._served, self._handshake_s = served, handshake_s
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application, then listen. A client has as long for the handshake of TLS as for a head."""
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            raise self._served.error or RuntimeError("the application did not start; the log tells why")
+        loop, config = asyncio.get_running_loop(), self.config
+        protocol = cast(type[BoundedProtocol], config.http_protocol_class)
+        connect = functools.partial(
+            protocol, config=config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        self.servers = [
+            await loop.create_server(
+                connect,
+                sock=each,
+                ssl=config.ssl,
+                backlog=config.backlog,
+                ssl_handshake_timeout=self._handshake_s if config.ssl is not None else None,
+                ssl_shutdown_timeout=TLS_END_S if config.ssl is not None else None,
+            )
+            for each in sockets or ()
+        ]
+        self.started = True
+
 
 class _Served:
-    """An application as uvicorn sees it. Remembers why it did not start: uvicorn logs it and exits."""
+    """An application as uvicorn sees it. Remembers why it did not start, which uvicorn only logs."""
 
     def __init__(self, app: App) -> None:
         self.app, self.error = app, None
@@ -136,10 +165,11 @@ async def listen(
         scheme = "https" if tls is not None else "http"
         urls = [f"{scheme}://{_shown(settings.host)}:{bound.getsockname()[1]}" for bound in sockets]
         for (inner, _), bound in zip(places, sockets, strict=True):
-            lifespan = _Served(inner)
-            server = _Server(_config(lifespan, settings, limits, tls, with_lifespan=inner is app))
+            served = _Served(inner)
+            config = _config(served, settings, limits, tls, with_lifespan=inner is app)
+            server = _Server(config, served, limits.header_timeout_s)
             servers.append(server)
-            tasks.append(asyncio.ensure_future(_run(server, lifespan, bound)))
+            tasks.append(asyncio.ensure_future(server.serve(sockets=[bound])))
         await _started(servers, tasks)
         for url in urls:
             _LOG.info("listening on %s", url)
@@ -171,15 +201,6 @@ def _config(
         backlog=BACKLOG,
         ssl_context_factory=(lambda *_: tls.context) if tls is not None else None,
     )
-
-
-async def _run(server: _Server, app: _Served, bound: socket.socket) -> None:
-    try:
-        await server.serve(sockets=[bound])
-    except SystemExit:
-        if app.error is not None:
-            raise app.error from None
-        raise RuntimeError("the server did not start; its log tells why") from None
 
 
 async def _started(servers: list[_Server], tasks: list[asyncio.Task[None]]) -> None:

@@ -17,7 +17,7 @@ from cryptography import x509
 from shardlib.errors import InvalidArgument
 from shardlib_ops.serving.server import listen
 from shardlib_ops.serving.tls import ServerTls
-from shardlib_ops.settings import ServerSettings, TlsSettings
+from shardlib_ops.settings import LimitSettings, ServerSettings, TlsSettings
 from tests.support.certificates import Authority, Certificate
 from tests.support.served import Served
 
@@ -36,9 +36,13 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 @asynccontextmanager
-async def serving(tls: TlsSettings) -> AsyncIterator[str]:
-    served = Served(server=ServerSettings(port=0, metrics_port=0, tls=tls, shutdown_s=1))
-    async with listen(served.asgi, served.server, metrics=served.metrics.registry) as (listening, _):
+async def serving(tls: TlsSettings, **limits: float) -> AsyncIterator[str]:
+    served = Served(
+        server=ServerSettings(port=0, metrics_port=0, tls=tls, shutdown_s=1),
+        limits=LimitSettings.model_validate(limits),
+    )
+    registry = served.metrics.registry
+    async with listen(served.asgi, served.server, limits=served.limits, metrics=registry) as (listening, _):
         assert listening.metrics_url is not None
         assert listening.metrics_url.startswith("https://")
         yield listening.url
@@ -127,6 +131,17 @@ async def test_s07_18_mutual_tls(ours: Authority, strangers: Authority) -> None:
             with pytest.raises(REFUSED):
                 await health(url, ours.context(client))
         assert (await health(url, ours.context(ours.issue("client")))).status_code == 200
+
+
+async def test_a_client_that_does_not_come_to_the_end_of_the_handshake(ours: Authority) -> None:
+    async with serving(files(ours.issue("server", hosts=LOCAL)), header_timeout_s=0.5) as url:
+        parts = urlsplit(url)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        writer.write(b"\x16\x03\x01\x02\x00")
+        async with asyncio.timeout(20):
+            assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
 
 
 def replaced(at: Certificate, by: Certificate) -> None:

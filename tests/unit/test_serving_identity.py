@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import Annotated, Any
 
 import pytest
 from fastapi import Depends, FastAPI
+from prometheus_client import generate_latest
 
 from shardlib.errors import InvalidArgument
 from shardlib_ops.audit import AuditUnavailable
@@ -286,6 +288,31 @@ async def test_dev_serves_everybody_of_this_machine_and_no_page_of_another_site(
             assert answer.status_code == 201
         else:
             problem_in(answer, 403, "forbidden")
+
+
+async def test_s07_16_no_token_in_a_log_an_entry_or_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    served = Served(limits=LimitSettings(failed_auth_per_minute=3))
+    served.raises = RuntimeError("a fault of ours")
+    now = time.time()
+    tokens = [
+        served.token("admin"),
+        served.token("viewer"),
+        served.token("admin", now=now - 3600),
+        forged({}, claims(now, role="root")),
+        "canary-" + "77",
+        served.token("admin", "name\u2028".strip()) + "x",
+    ]
+    seen = []
+    async with served.client() as client:
+        for token in tokens:
+            for method, path in (("POST", "/create"), ("GET", "/raise"), ("GET", "/view/1"), ("PUT", "/x")):
+                answer = await client.request(method, path, headers={"Authorization": f"Bearer {token}"}, json=BODY)
+                seen.append(answer.text + str(answer.headers))
+    seen += [caplog.text, repr(served.audit.entries), generate_latest(served.metrics.registry).decode()]
+    assert len({text[:3] for text in seen}) > 1
+    parts = [part for token in tokens for part in (token, token.rpartition(".")[2]) if len(part) > 6]
+    assert not [part for part in parts if any(part in text for text in seen)]
 
 
 def test_a_guard_shows_no_key() -> None:
