@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
@@ -60,6 +61,11 @@ class Dsn:
             )
         if not params.get("host") and not params.get("service"):
             raise InvalidArgument("dsn", "***", "a DSN names its host, as in postgresql://user@host:port/database")
+        if _broken(params, url="://" in text):
+            raise InvalidArgument(
+                "dsn", "***",
+                "the password holds a character that has a meaning in a URL; write @ as %40, / as %2F, : as %3A",
+            )  # fmt: skip
         self._text = text
         self._params: dict[str, Any] = dict(params)
 
@@ -118,6 +124,14 @@ class Dsn:
 
     def __reduce__(self) -> tuple[type[Dsn], tuple[str]]:
         return (Dsn, (self._text,))
+
+
+def _broken(params: Mapping[str, Any], *, url: bool) -> bool:
+    """Whether a part of the password was taken for the host, the port or the database: it must not be shown."""
+    port = str(params.get("port") or "")
+    if not all(part.isdecimal() for part in port.split(",") if part) or "@" in str(params.get("host") or ""):
+        return True
+    return url and "@" in str(params.get("dbname") or "")
 
 
 def resolve_secret(password: str) -> str:

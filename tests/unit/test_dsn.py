@@ -28,6 +28,20 @@ def test_it_shows_what_it_gives_and_no_more(text: str, shown: str) -> None:
     assert repr(Dsn(text)) == f"Dsn({shown!r})"
 
 
+@pytest.mark.parametrize("text", [
+    f"postgres://u:p@ss:{SECRET}@h/d",
+    f"postgres://u:p@{SECRET}@h/d",
+    f"postgres://u:p/{SECRET}@h/d",
+    f"postgres://u:12/{SECRET}@h/d",
+    f"postgres://u:p@{SECRET},x@h:5432/d",
+])  # fmt: skip
+def test_a_password_with_a_character_of_urls_is_refused_unseen(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="%40") as caught:
+        Dsn(text)
+    assert SECRET not in str(caught.value)
+    assert SECRET not in repr(caught.value)
+
+
 def refusal(reference: str) -> InvalidArgument:
     with pytest.raises(InvalidArgument) as caught:
         Dsn(f"host=h password={reference}").conninfo()
