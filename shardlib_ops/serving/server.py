@@ -62,7 +62,7 @@ class _Server(uvicorn.Server):
         if self.lifespan.should_exit:
             raise self._served.error or RuntimeError("the application did not start; the log tells why")
         loop, config = asyncio.get_running_loop(), self.config
-        protocol = cast(type[BoundedProtocol], config.http_protocol_class)
+        protocol = cast("type[BoundedProtocol]", config.http_protocol_class)
         connect = functools.partial(
             protocol, config=config, server_state=self.server_state, app_state=self.lifespan.state
         )

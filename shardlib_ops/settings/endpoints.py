@@ -59,7 +59,8 @@ def allowed_endpoint(text: str, settings: EndpointSettings, *, resolve: Resolve 
         InvalidArgument: it is not allowed. The message holds the host, and neither the rest of the text nor an address
             that only the resolver of this process knows.
     """
-    hosts, addresses = _postgresql(text, settings) if _is_dsn(text) else _url(text, settings)
+    dsn = _is_dsn(text)
+    hosts, addresses = _postgresql(text, settings) if dsn else _url(text, settings)
     for host in hosts:
         if host.startswith(("/", "@")):
             if not settings.sockets:
@@ -69,6 +70,10 @@ def allowed_endpoint(text: str, settings: EndpointSettings, *, resolve: Resolve 
     for host, address in addresses:
         if why := refused_address(address, settings):
             raise _refused(host, why)
+    if dsn and settings.sslmodes and not all(_within(address).is_loopback for _, address in addresses):
+        sslmode = str(conninfo_to_dict(text).get("sslmode") or "")
+        if sslmode not in settings.sslmodes:
+            raise _refused(hosts[0], f"its sslmode is {' or '.join(settings.sslmodes)} (endpoints.sslmodes)")
     return AllowedEndpoint(tuple(hosts), tuple(dict.fromkeys(str(address) for _, address in addresses)))
 
 

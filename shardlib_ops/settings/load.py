@@ -80,7 +80,11 @@ def load_settings(
     if faults:
         # Raised outside of the handler: pydantic's error holds the values, and would be the context of ours.
         raise _explained(faults[0])
-    return Settings(**{name: getattr(loaded, name) for name in Settings.model_fields})
+    found = {name: getattr(loaded, name) for name in Settings.model_fields}
+    if loaded.manager.tls is not None and "sslmodes" not in loaded.endpoints.model_fields_set:
+        # Who encrypts the way to the manager means the way from it to the shards too.
+        found["endpoints"] = loaded.endpoints.model_copy(update={"sslmodes": ("verify-full",)})
+    return Settings(**found)
 
 
 def print_settings(settings: Settings) -> str:

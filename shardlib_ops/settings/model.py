@@ -212,6 +212,8 @@ class EndpointSettings(Section):
         sockets: whether a folder of Unix sockets may be named.
         parameters: libpq parameters that a DSN may have. `passfile` and `service`, say, would read files of the server.
         references: how a password that is a reference must begin.
+        sslmodes: one of which a DSN must have, unless it leads to this machine; empty allows any. While the manager
+            itself speaks TLS, `load_settings` makes it `verify-full` if nothing is said.
     """
 
     schemes: Words = ("postgresql", "postgres", "https", "http")
@@ -225,6 +227,7 @@ class EndpointSettings(Section):
         "tcp_user_timeout", "user",
     )  # fmt: skip
     references: Words = ("env:SHARDLIB_SECRET_", "file:/run/secrets/")
+    sslmodes: Words = ()
 
 
 class Settings(BaseSettings):

@@ -115,3 +115,12 @@ def test_the_refusal_holds_no_password() -> None:
     with pytest.raises(InvalidArgument) as caught:
         allowed_endpoint("postgresql://u:canary-1@meta/x?passfile=canary-1", STANDARD, resolve=resolve)
     assert "canary-1" not in repr(caught.value) + str(caught.value)
+
+
+def test_s07_18_the_way_to_a_shard_is_verified_where_that_is_asked_for() -> None:
+    strict = EndpointSettings(sslmodes="verify-full")
+    for dsn in ("postgresql://u@db1/x?sslmode=verify-full", "host=db1 sslmode=verify-full", "postgresql://u@home/x"):
+        assert allowed_endpoint(dsn, strict, resolve=resolve).addresses
+    for dsn in ("postgresql://u@db1/x", "postgresql://u@db1/x?sslmode=require", "postgresql://u@home,db1/x"):
+        with pytest.raises(InvalidArgument, match="verify-full"):
+            allowed_endpoint(dsn, strict, resolve=resolve)

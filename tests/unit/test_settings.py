@@ -91,6 +91,15 @@ def test_what_is_shown_is_toml_that_gives_the_settings_back(tmp_path: Path) -> N
     assert load_settings(config(tmp_path, print_settings(given)), environ={}) == given
 
 
+def test_s07_18_a_manager_with_tls_wants_verified_shards_unless_told_otherwise() -> None:
+    tls = {"SHARDLIB_MANAGER__TLS__CERT_FILE": "/c", "SHARDLIB_MANAGER__TLS__KEY_FILE": "/k"}
+    assert load_settings(environ={}).endpoints.sslmodes == ()
+    assert load_settings(environ=tls).endpoints.sslmodes == ("verify-full",)
+    assert load_settings(environ={**tls, "SHARDLIB_ENDPOINTS__SSLMODES": ""}).endpoints.sslmodes == ()
+    chosen = load_settings(environ={**tls, "SHARDLIB_ENDPOINTS__SSLMODES": "verify-ca, verify-full"})
+    assert chosen.endpoints.sslmodes == ("verify-ca", "verify-full")
+
+
 def test_s07_16_no_setting_shows_a_secret(tmp_path: Path) -> None:
     """Neither printed nor in a `repr`, nor in the error of a value that is wrong."""
     dsn = f"postgresql://u:{SECRET}@h/db"
