@@ -221,3 +221,13 @@ async def test_notes_are_told_and_stop_nothing(hall: Hall) -> None:
     finally:
         for shard in ("s1", "s2"):
             hall.sql(shard, "DROP INDEX one_number")
+
+
+async def test_a_cluster_without_tables() -> None:
+    with LocalCluster(shards=1) as empty:
+        spare = empty.spare("spare-1")
+        async with Manager(empty.url) as manager:
+            before = await manager.topology()
+            with pytest.raises(InvalidTopology, match="no sharded table yet.*create_all"):
+                await manager.split("shard-01", targets=[{"name": "shard-02", "primary_endpoint": spare.dsn}])
+            assert await manager.topology() == before

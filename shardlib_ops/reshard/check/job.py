@@ -59,6 +59,14 @@ async def check_job(topology: Topology, job: Job) -> list[Fault]:
         for replica in shard.replicas
     )
     found += await together(_leg(topology, job, leg, looks) for leg in job.legs)
+    if all(table.reference for table in topology.tables):
+        faults.append(
+            Fault(
+                "the cluster",
+                "it has no sharded table yet, so that there is nothing to move",
+                "create the tables first: engine.create_all(metadata)",
+            )
+        )
     return list(dict.fromkeys([*faults, *chain.from_iterable(found)]))
 
 
