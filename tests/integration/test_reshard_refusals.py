@@ -230,4 +230,4 @@ async def test_a_cluster_without_tables() -> None:
             before = await manager.topology()
             with pytest.raises(InvalidTopology, match="no sharded table yet.*create_all"):
                 await manager.split("shard-01", targets=[{"name": "shard-02", "primary_endpoint": spare.dsn}])
-            assert await manager.topology() == before
+            assert (await manager.topology()).version == before.version
