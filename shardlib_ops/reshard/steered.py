@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 
@@ -28,10 +28,11 @@ class Steered:
 
     Attributes:
         job: its record as it is stored.
+        step: told the name of each step when it is done.
     """
 
-    def __init__(self, world: World, job: Job) -> None:
-        self.job = job
+    def __init__(self, world: World, job: Job, step: Callable[[str], Awaitable[None]]) -> None:
+        self.job, self.step = job, step
         self._world = world
         self._saving = asyncio.Lock()
 
@@ -44,6 +45,7 @@ class Steered:
         """Store the record in its next state, with these fields replaced."""
         async with self._saving:
             await self._save(self.job.to(status, **changes))
+        await self.step(f"status_{status.value}")
 
     async def _save(self, job: Job) -> None:
         await self._world.save(job)

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from shardlib.topology import Topology
 from shardlib.topology.moving import moving_gates
-from shardlib_ops.reshard import runner
+from shardlib_ops.reshard import attempts, runner, validation
 from shardlib_ops.reshard.cutover import Cutover, attempt
 from shardlib_ops.reshard.gates import sweep
 from shardlib_ops.reshard.job import Job
@@ -131,9 +131,9 @@ PLANTS: dict[str, list[tuple[Any, str, Any]]] = {
     ],
     "no wait for foreign writers": [(FakeSide, "foreign_writers", _nobody_foreign)],
     "no wait for writers behind other gates": [(FakeSide, "foreign_writers", _without_a_gate_alone)],
-    "reopen without publishing": [(attempt, "reopen", _reopen_the_same), (runner, "reopen", _reopen_the_same)],
+    "reopen without publishing": [(where, "reopen", _reopen_the_same) for where in (attempt, runner, validation)],
     "stale gates not swept": [
-        (runner, "sweep", _no_sweep),
+        *((where, "sweep", _no_sweep) for where in (runner, attempts, validation)),
         (Cutover, "_close", _close_without_stale),
     ],
     "position apart from the rows": [(FakeFlow, "apply", _position_apart)],

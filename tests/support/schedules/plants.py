@@ -12,7 +12,7 @@ from psycopg import AsyncConnection, sql
 
 from shardlib.fence import gated
 from shardlib.topology import Topology
-from shardlib_ops.reshard import control, runner, servers, side
+from shardlib_ops.reshard import attempts, control, runner, servers, side, validation
 from shardlib_ops.reshard.connect import Runner
 from shardlib_ops.reshard.cutover import Cutover
 from shardlib_ops.reshard.job import Job
@@ -98,7 +98,8 @@ def gates_stay_open() -> None:
 
     Cutover._close = close  # type: ignore[method-assign]
     Cutover._drain = quiet  # type: ignore[method-assign]
-    runner.sweep = no_sweep  # type: ignore[attr-defined]
+    for where in (runner, attempts, validation):
+        where.sweep = no_sweep  # type: ignore[attr-defined]
     _without_comparison()
 
 
