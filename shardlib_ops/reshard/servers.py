@@ -22,8 +22,9 @@ from shardlib.ring import TokenRange
 from shardlib.topology import Topology
 from shardlib_ops.reshard.cleanup import purge
 from shardlib_ops.reshard.connect import Runner
-from shardlib_ops.reshard.control import Direction, claimed, position, start_position
+from shardlib_ops.reshard.control import Direction, claimed, start_position
 from shardlib_ops.reshard.copy import ExportedSnapshot, collect_keys, copy_tables, empty_half_copied, export_snapshot
+from shardlib_ops.reshard.flow import StreamFlow, who_blocks
 from shardlib_ops.reshard.job import WAY_BACK_LOST, Job, Leg, Status, Wish
 from shardlib_ops.reshard.link import Link
 from shardlib_ops.reshard.progress import Tracker
@@ -39,13 +40,7 @@ from shardlib_ops.reshard.store import JobStore
 from shardlib_ops.reshard.stream import (
     MAX_SLOT_WAL,
     SlotOverBudget,
-    Stream,
-    create_slot,
-    drop_slot,
-    lsn_number,
-    slot_state,
     watch_slot,
-    who_blocks_a_slot,
 )
 from shardlib_ops.reshard.together import first_of, together
 from shardlib_ops.reshard.validate import Tables, compare_changed, compare_closed, compare_whole
@@ -60,7 +55,6 @@ T = TypeVar("T")
 _WISH_S: Final = 0.2
 _LEASE_LOOK_S: Final = 0.5
 _SERVERS_LOOK_S: Final = 1.0
-_SLOT_S: Final = 10.0
 _SNAPSHOT_S: Final = 30.0
 
 
@@ -113,7 +107,7 @@ class Servers:
             )
             for shard_id in job.shards
         }
-        self._flows: dict[tuple[int, Direction], _StreamFlow] = {}
+        self._flows: dict[tuple[int, Direction], StreamFlow] = {}
         self._kept: dict[int, tuple[AsyncConnection[Any], AsyncConnection[Any]]] = {}
         self._wish: tuple[float, Wish] | None = None
         self.now: Callable[[], float] = time.monotonic
@@ -213,11 +207,11 @@ class Servers:
         """See `World.side`."""
         return self._sides[shard_id]
 
-    def flow(self, leg: Leg, direction: Direction) -> _StreamFlow:
+    def flow(self, leg: Leg, direction: Direction) -> StreamFlow:
         """See `World.flow`."""
         key = (leg.number, direction)
         if key not in self._flows:
-            self._flows[key] = _StreamFlow(self, leg, direction)
+            self._flows[key] = StreamFlow(self, leg, direction)
         return self._flows[key]
 
     def link(self, leg: Leg, direction: Direction = "forward") -> Link:
@@ -416,7 +410,7 @@ class Servers:
     @asynccontextmanager
     async def running(self, flows: Sequence[Flow]) -> AsyncIterator[None]:
         """See `World.running`."""
-        opened = [flow for flow in flows if isinstance(flow, _StreamFlow)]
+        opened = [flow for flow in flows if isinstance(flow, StreamFlow)]
         await together(flow.open() for flow in opened)
         self.progress.begins("stream")
         # The way back is prepared before the switch: its slot keeps WAL from then on.
@@ -495,92 +489,5 @@ def _places(job: Job, topology: Topology, shard_id: str) -> list[tuple[str, tupl
     ]
 
 
-async def who_blocks(conn: AsyncConnection[Any]) -> str:
-    """Whom the making of a slot waits for; empty for nobody."""
-    return await who_blocks_a_slot(conn, older_than_s=1.0, nobody="")
-
-
 async def _untold(what: str | None) -> None:
     """Who waits is told to nobody yet."""
-
-
-class _StreamFlow:
-    """A `Stream` as a `Flow`: made anew for each run, since a broken one does not go on."""
-
-    def __init__(self, servers: Servers, leg: Leg, direction: Direction) -> None:
-        self._servers, self.leg, self.direction = servers, leg, direction
-        self._stream: Stream | None = None
-
-    @property
-    def stream(self) -> Stream:
-        """The running stream.
-
-        Raises:
-            Blocked: it has not started yet.
-        """
-        if self._stream is None:
-            raise Blocked("the stream has not started yet")
-        return self._stream
-
-    def _ends(self) -> tuple[ShardSide, ShardSide]:
-        forward = self.direction == "forward"
-        leg = self.leg
-        origin, sink = (leg.source, leg.target) if forward else (leg.target, leg.source)
-        return self._servers.side(origin), self._servers.side(sink)
-
-    @property
-    def _link(self) -> Link:
-        return self._servers.link(self.leg, self.direction)
-
-    @translated
-    async def create_slot(self) -> None:
-        """See `Flow.create_slot`."""
-        try:
-            async with self._ends()[0].naming(f"slot {self._link.slot!r}", who_blocks):
-                await create_slot(self._link, timeout_s=_SLOT_S)
-        except TimeoutError as error:
-            raise Blocked(str(error)) from error
-
-    @translated
-    async def drop_slot(self) -> None:
-        """See `Flow.drop_slot`."""
-        origin, _ = self._ends()
-        async with origin.using() as conn:
-            await drop_slot(conn, self._link.slot, runner=self._servers.runner)
-
-    @translated
-    async def usable(self) -> bool:
-        """See `Flow.usable`."""
-        origin, sink = self._ends()
-        async with origin.using() as conn:
-            state = await slot_state(conn, self._link.slot)
-        async with sink.using() as conn:
-            at = await position(conn, self._servers.runner.job, self.leg.number, self.direction)
-        # A slot that is ahead of the sink shows that the sink has lost transactions, as in a failover.
-        return state is not None and not state.lost and at is not None and lsn_number(at) >= state.confirmed
-
-    @translated
-    async def open(self) -> None:
-        """Make the stream, so that it can be asked and waited for from the moment on that it is to run."""
-        origin, sink = self._ends()
-        # Both ways: after a rollback the keys that were born on a target are hidden and deleted there.
-        self._stream = Stream(self._link, await sink.shapes(), on_new_keys=origin.add_keys)
-        self._servers.progress.opened(self.leg.number, self.direction, self._stream)
-
-    @translated
-    async def run(self) -> None:
-        """See `Flow.run`."""
-        try:
-            await self.stream.run()
-        finally:
-            self._stream = None
-            self._servers.progress.opened(self.leg.number, self.direction, None)
-
-    @property
-    def lag_bytes(self) -> int | None:
-        """See `Flow.lag_bytes`."""
-        return None if self._stream is None else self._stream.lag_bytes
-
-    async def heard(self, message: str, *, timeout_s: float) -> None:
-        """See `Flow.heard`."""
-        await self.stream.heard(message, timeout_s=timeout_s)
