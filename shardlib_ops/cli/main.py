@@ -11,7 +11,20 @@ from typing import Annotated
 
 import typer
 
-from shardlib_ops.cli import audit, cluster, demo, local, manager, render, reshard, resharder, schema, shard, token
+from shardlib_ops.cli import (
+    audit,
+    cluster,
+    demo,
+    doctor,
+    local,
+    manager,
+    render,
+    reshard,
+    resharder,
+    schema,
+    shard,
+    token,
+)
 
 __all__ = ["app", "main"]
 
@@ -31,6 +44,7 @@ app.add_typer(schema.app, name="schema")
 app.add_typer(audit.app, name="audit")
 app.add_typer(manager.app, name="manager")
 app.add_typer(token.app, name="token")
+app.command()(doctor.doctor)
 app.command()(demo.demo)
 
 
