@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, SecretStr, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, SecretStr, Tag
 
 from shardlib.dsn import Dsn
 from shardlib.ring.build import VNODES_MAX
@@ -30,6 +30,15 @@ def _dsn(value: SecretStr) -> SecretStr:
     if not text.isprintable():
         raise ValueError("a PostgreSQL DSN is of printable characters")
     Dsn(text)
+    return value
+
+
+def _replica(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    if not text.isascii() or not text.isprintable():
+        raise ValueError("host:port, or a DSN, of printable characters")
+    if not HOST_PORT.fullmatch(text):
+        Dsn(text)
     return value
 
 
@@ -140,25 +149,17 @@ TargetShard = Annotated[
 class PromoteBody(Body):
     """Which replica becomes the primary."""
 
-    replica_endpoint: Annotated[SecretStr, Field(min_length=3, max_length=2000)] | None = Field(
-        default=None,
-        description="`host:port` of the replica, or its DSN; left out: the one that is the least behind",
-        examples=["db-1b:5432"],
+    replica_endpoint: Annotated[SecretStr, Field(min_length=3, max_length=2000), AfterValidator(_replica)] | None = (
+        Field(
+            default=None,
+            description="`host:port` of the replica, or its DSN; left out: the one that is the least behind",
+            examples=["db-1b:5432"],
+        )
     )
     budget_s: float = Field(
         default=5.0, ge=0.1, le=60, allow_inf_nan=False, description="seconds that the shard may be closed"
     )
     max_lag_bytes: int = Field(default=16 * 2**20, ge=0, le=2**50, description="WAL that it may be behind at first")
-
-    @model_validator(mode="after")
-    def _printable(self) -> PromoteBody:
-        if self.replica_endpoint is not None:
-            text = self.replica_endpoint.get_secret_value()
-            if not text.isascii() or not text.isprintable():
-                raise ValueError("replica_endpoint is of printable characters")
-            if not HOST_PORT.fullmatch(text):
-                Dsn(text)
-        return self
 
 
 class ReshardBody(Body):

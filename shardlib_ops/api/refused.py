@@ -7,8 +7,9 @@ from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 
-from shardlib_ops.audit import Audit
+from shardlib_ops.audit import Audit, AuditUnavailable
 from shardlib_ops.serving.identity import SAFE_METHODS, Guard, Needs, actor_of
 from shardlib_ops.serving.problem import Problem, problem, problem_of, problem_response
 from shardlib_ops.serving.requests import Scope, header, request_info
@@ -16,35 +17,46 @@ from shardlib_ops.serving.requests import Scope, header, request_info
 __all__ = ["install_refusals"]
 
 _ERRORS_MAX: Final = 20
+BAD_REQUEST: Final = 400
 
 
 def install_refusals(app: FastAPI, guard: Guard, audit: Audit) -> None:
     """Let an application that has its problems installed also write refused changes to the audit log."""
     inner: Any = app.exception_handlers[RequestValidationError]
+    other: Any = app.exception_handlers[HTTPException]
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)  # noqa: S101 - it is installed for these
-        try:
-            return await refused(request, error)
-        except Exception as other:  # noqa: BLE001 - an error handler answers; what is not known is a 500
-            found = problem_of(other)
-            return problem_response(found, request_info(request.scope).request_id)
+        # What is no JSON is told before the dependencies of the route were asked.
+        unasked = any(fault.get("type") == "json_invalid" for fault in error.errors())
+        return await answered(request, error, inner, unasked=unasked, found=_media_type(request.scope, error))
 
-    async def refused(request: Request, error: RequestValidationError) -> Response:
-        stated = _stated(request.scope)
-        if stated is None or request.method in SAFE_METHODS:
-            answer: Response = await inner(request, error)
-            return answer
-        info = request_info(request.scope)
-        if any(fault.get("type") == "json_invalid" for fault in error.errors()):
-            # What is no JSON is told before the dependencies of the route were asked.
-            await guard.admit(request.scope, stated.least, mutating=stated.mutating, action=stated.action)
-        await audit.refused(actor_of(info), stated.action or request.method, request.scope["path"], "invalid request")
-        if (found := _media_type(request.scope, error)) is not None:
+    async def unreadable(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # noqa: S101 - it is installed for these
+        if error.status_code != BAD_REQUEST:
+            return await other(request, error)  # type: ignore[no-any-return]
+        # JSON in form, with a number that Python does not read.
+        found = problem("invalid", "body: it cannot be read as JSON")
+        return await answered(request, error, other, unasked=True, found=found)
+
+    async def answered(
+        request: Request, error: Exception, else_: Any, *, unasked: bool, found: Problem | None
+    ) -> Response:
+        stated, info = _stated(request.scope), request_info(request.scope)
+        if stated is not None and request.method not in SAFE_METHODS:
+            try:
+                if unasked:
+                    await guard.admit(request.scope, stated.least, mutating=stated.mutating, action=stated.action)
+                action = stated.action or request.method
+                await audit.refused(actor_of(info), action, request.scope["path"], "invalid request")
+            except (Problem, AuditUnavailable) as refusal:
+                found = problem_of(refusal)
+        if found is not None:
             return problem_response(found, info.request_id)
-        return await inner(request, error)  # type: ignore[no-any-return]
+        return await else_(request, error)  # type: ignore[no-any-return]
 
     app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, unreadable)
 
 
 def _media_type(scope: Scope, error: RequestValidationError) -> Problem | None:

@@ -23,7 +23,7 @@ from shardlib_ops.auth import Role
 from shardlib_ops.serving.identity import anybody, check_routes, needs
 from shardlib_ops.settings import ServerSettings
 from tests.support.eventually import eventually_async
-from tests.support.managers import Api, fill, manager_settings, serving, token
+from tests.support.managers import Api, fill, fill_job, manager_settings, serving, token
 from tests.support.tokens import OTHER_SECRET, claims, forged
 
 ROLES = ("viewer", "operator", "admin")
@@ -381,16 +381,6 @@ async def test_s07_22_an_effect_whose_outcome_cannot_be_written_is_told_as_that(
         assert again.json()["asked"] == "pause"
         assert opened.read_document("wishes/1") == revision
     await audit.close()
-    opened.close()
-
-
-def fill_job(catalog: str) -> None:
-    from shardlib_ops.reshard.job import Job, Kind, legs_of
-    from shardlib_ops.reshard.store import JobStore
-
-    opened = open_catalog(catalog)
-    ranges = opened.load().ring.ranges_of("s1")
-    JobStore(opened).create(Job(id=0, kind=Kind.SPLIT, legs=legs_of([("s1", "s2", ranges)]), created_at="2026-11-24"))
     opened.close()
 
 

@@ -14,6 +14,8 @@ from shardlib.catalog import open_catalog
 from shardlib_ops.api import create_app
 from shardlib_ops.audit import Audit, Entry, open_audit, verify, walk
 from shardlib_ops.auth import issue_token
+from shardlib_ops.reshard.job import Job, Kind, legs_of
+from shardlib_ops.reshard.store import JobStore
 from shardlib_ops.settings import LimitSettings, ServerSettings, Settings
 from tests.support.tokens import auth
 from tests.support.topologies import make_topology
@@ -86,4 +88,12 @@ def fill(catalog: str, shards: int = 3, vnodes: int = 8) -> None:
     """Put a topology into an empty catalog. Its servers do not exist."""
     opened = open_catalog(catalog)
     opened.publish(make_topology(shards, vnodes), expected=None)
+    opened.close()
+
+
+def fill_job(catalog: str) -> None:
+    """Put a job into a catalog, from its first shard to its second, that nobody runs."""
+    opened = open_catalog(catalog)
+    ranges = opened.load().ring.ranges_of("s1")
+    JobStore(opened).create(Job(id=0, kind=Kind.SPLIT, legs=legs_of([("s1", "s2", ranges)]), created_at="2026-11-24"))
     opened.close()
