@@ -133,7 +133,8 @@ class Heavy(Rig):
 async def heavy(servers: TwoServers, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Heavy]:
     monkeypatch.setattr(compare, "_WHOLE_CLOSED", WHOLE)
     monkeypatch.setattr(compare, "_WHOLE_RUNNING", WHOLE)
-    monkeypatch.setattr("shardlib_ops.reshard.validate.heavy._SMALL_BYTES", 0)
+    for name in ("_SMALL_BYTES", "_TINY_BYTES"):
+        monkeypatch.setattr(f"shardlib_ops.reshard.validate.heavy.{name}", 0)
     rig = Heavy(servers, TABLES, DDL)
     await rig.open()
     async with await rig.link.open_sink("shapes") as conn:
