@@ -121,10 +121,12 @@ async def create_keys(conn: AsyncConnection[Any], runner: Runner) -> None:
 async def clear_control(conn: AsyncConnection[Any], runner: Runner) -> None:
     """Forget what the job has written down on this shard, but not who held it: the last thing a runner does there.
 
-    A runner that has slept since before that would take a job that is forgotten for one that nobody has held yet.
+    A runner that has slept since before that would take a job that is forgotten for one that nobody has held yet. And
+    what this one has sent already is refused too: the job is held by its next round, which may begin or not.
     """
     async with conn.transaction():
         await _clear(conn, runner)
+        await conn.execute("UPDATE shardlib.job SET token = token + 1 WHERE id = %s", (runner.job,))
 
 
 async def drop_control(conn: AsyncConnection[Any], runner: Runner) -> None:

@@ -332,7 +332,7 @@ async def test_a_runner_that_slept_through_the_end_of_a_job_cannot_take_it_again
         await control.claim(side.conn, later)
         await retire(side.conn, later, slots=(), publication=name)
         assert await leftovers(side.conn, side.job) == []
-        for slept in (side.runner, Runner(side.job, 4)):
+        for slept in (side.runner, Runner(side.job, 4), later):
             with pytest.raises(psycopg.Error) as caught:
                 await control.claim(side.conn, slept)
             assert is_superseded(caught.value)

@@ -310,9 +310,11 @@ class FakeShard:
         """Everything of the job is gone."""
         for name in names:
             self.slots.pop(name, None)
-        self.keys = self.guard = None  # the token stays, so that a runner from before that is refused
+        self.keys = self.guard = None
         self.position.clear()
         self.copied.clear()
+        if self.token is not None:
+            self.token += 1  # what this runner has sent is refused, and so is a runner from before it
         self.tell()
 
     def leftovers(self) -> list[str]:
