@@ -133,6 +133,14 @@ class Guard:
             await self._count(info, identity, action, target)
         return identity
 
+    async def refuse(self, scope: Scope, action: str, target: str, why: str, answer: Problem) -> Problem:
+        """What to answer to somebody who was let in and may not do this: `answer`, once it is in the audit log.
+
+        Raises:
+            AuditUnavailable: it could not be written.
+        """
+        return await self._refuse(request_info(scope), action, target, why, answer)
+
     async def still_valid(self, identity: Identity) -> bool:
         """Whether somebody who was let in would be let in now, for answers that go on for long."""
         try:

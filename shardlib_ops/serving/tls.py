@@ -1,8 +1,7 @@
 """TLS of a server, with certificates that are read again when their files change.
 
 A renewed certificate, key or list of client authorities counts from the next handshake on; connections that stand stay
-as they are. Source: OpenSSL's `SSL_CTX_set_tlsext_servername_callback`, by which a handshake can be given another
-context.
+as they are.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import logging
 import ssl
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from shardlib.errors import InvalidArgument
 from shardlib_ops.settings import TlsSettings
@@ -39,8 +38,9 @@ class ServerTls:
         self._settings = settings
         self._stamp = self._failed = _stamp(settings)
         self._current = _context(settings)
-        self.context = _context(settings)
-        self.context.sni_callback = self._handshake
+        listening = _Listening(ssl.PROTOCOL_TLS_SERVER)
+        listening.tls = self
+        self.context: ssl.SSLContext = listening
 
     def refresh(self) -> bool:
         """Read the files again if they have changed; whether there is something new. What cannot be read is not."""
@@ -58,9 +58,29 @@ class ServerTls:
         _LOG.info("the TLS files have changed and were read again")
         return True
 
-    def _handshake(self, connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
+    def next(self) -> ssl.SSLContext:
+        """The context of one handshake.
+
+        Where clients show certificates it is a new one. OpenSSL keeps the sessions of TLS 1.2 in the context, and to
+        resume one would skip the look at the certificate, whatever its authority has said since.
+        """
         self.refresh()
-        connection.context = self._current
+        if self._settings.client_ca_file is not None and self._failed == self._stamp:
+            try:
+                return _context(self._settings)
+            except InvalidArgument as error:
+                _LOG.warning("the TLS files are being changed; the old ones still count: %s", error)
+        return self._current
+
+
+class _Listening(ssl.SSLContext):
+    """What a listening socket has: each handshake gets the context of its moment from it."""
+
+    tls: ServerTls
+
+    def wrap_bio(self, *given: Any, **named: Any) -> ssl.SSLObject:
+        """Begin a handshake; event loops call it for each connection."""
+        return self.tls.next().wrap_bio(*given, **named)
 
 
 def _context(settings: TlsSettings) -> ssl.SSLContext:
@@ -68,7 +88,7 @@ def _context(settings: TlsSettings) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = _MINIMUM[settings.minimum]
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
-    # A resumed session would skip the look at the client's certificate, whatever its authority has said since.
+    # Tickets resume a session without the context that it was made in.
     context.options |= ssl.OP_NO_TICKET
     context.num_tickets = 0
     context.set_ciphers(_CIPHERS)

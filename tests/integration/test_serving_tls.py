@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -193,6 +194,29 @@ async def test_the_authorities_of_clients_can_be_replaced(
         assert (await health(url, other)).status_code == 200
         with pytest.raises(REFUSED):
             await health(url, one)
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_no_session_is_resumed(version: ssl.TLSVersion, ours: Authority) -> None:
+    context = ours.context(ours.issue("client"))
+    context.minimum_version = context.maximum_version = version
+
+    def twice(url: str) -> list[bool]:
+        parts, session, found = urlsplit(url), None, []
+        for _ in range(2):
+            with (
+                socket.create_connection((parts.hostname, parts.port), timeout=20) as plain,
+                context.wrap_socket(plain, server_hostname="localhost", session=session) as secure,
+            ):
+                secure.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                while secure.recv(65536):
+                    pass
+                session = secure.session
+                found.append(bool(secure.session_reused))
+        return found
+
+    async with serving(files(ours.issue("server", hosts=LOCAL), ours)) as url:
+        assert await asyncio.to_thread(twice, url) == [False, False]
 
 
 def test_files_that_cannot_be_used_do_not_start(ours: Authority, tmp_path: Path) -> None:
