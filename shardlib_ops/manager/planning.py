@@ -195,13 +195,15 @@ class Planning(Shards):
         shards = [parties.topology.shard(s) for leg in planned.job_legs for s in (leg.source, leg.target)]
         refuse_busy(jobs, shards, topology, moving=True)
         refuse_promoting(await asyncio.to_thread(self._promotions.open), shards)
+        # Before a new shard is made for it: what is refused leaves the topology as it was.
+        faults = await check_job(parties.topology, Job(id=0, kind=planned.kind, legs=planned.job_legs).checked())
         if dry_run:
-            faults = await check_job(parties.topology, Job(id=0, kind=planned.kind, legs=planned.job_legs).checked())
             return replace(
                 planned,
                 in_the_way=tuple(str(fault) for fault in faults if not fault.note),
                 notes=tuple(str(fault) for fault in faults if fault.note),
             )
+        refuse_faults(faults)
         for target, shard in zip(targets, parties.targets, strict=True):
             if "shard_id" not in target:
                 made = await self.create_shard(
@@ -221,7 +223,8 @@ class Planning(Shards):
             created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             retention_s=retention_s,
         ).checked()
-        refuse_faults(await check_job(await self.topology(), job))
+        if any("shard_id" not in target for target in targets):
+            refuse_faults(await check_job(await self.topology(), job))
         job = await asyncio.to_thread(self._jobs.create, job)
         try:
             await self._refuse_overtaken(job, shards)
