@@ -197,7 +197,10 @@ def _named(info: RequestInfo, subject: str) -> Actor:
 
 def route_of(scope: Scope) -> str:
     """The template of the route that answers, such as `/api/v1/shards/{shard_id}`."""
-    path = getattr(scope.get("route"), "path", None)
+    # FastAPI keeps a router that was included under a prefix apart from it; the whole template is beside the route.
+    whole = scope.get("fastapi")
+    route = whole.get("effective_route_context") if isinstance(whole, dict) else None
+    path = getattr(route if route is not None else scope.get("route"), "path", None)
     return path if isinstance(path, str) else "unmatched"
 
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import httpx
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -76,6 +76,14 @@ class Served:
         install_problems(app)
         self.guard.install(app)
         app.include_router(health_router(HealthChecks(checks)))
+
+        router = APIRouter()
+
+        @router.get("/things/{thing}")
+        async def things(thing: str, who: Annotated[Identity, Depends(needs(Role.VIEWER))]) -> dict[str, str]:
+            return {"thing": thing}
+
+        app.include_router(router, prefix="/api/v1")
 
         @app.get("/view/{item}")
         async def view(item: str, who: Annotated[Identity, Depends(needs(Role.VIEWER))]) -> dict[str, str]:

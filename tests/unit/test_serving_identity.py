@@ -77,13 +77,15 @@ async def test_a_refusal_is_written_with_who_what_and_where_from() -> None:
         problem_in(await client.post("/create", headers=headers, json=BODY), 403, "forbidden")
         await client.get("/view/7", headers=served.headers("viewer", "old", now=time.time() - 3600))
         await client.get("/view/7")
-    (first, *what), (second, *_), (third, *other) = served.audit.entries
+        await client.get("/api/v1/things/7")
+    (first, *what), (second, *_), (third, *other), (_, *under) = served.audit.entries
     assert (first.subject, first.role, first.address, first.via) == ("bob", "viewer", "203.0.113.9", "http")
     assert first.request_id == "request-0815"
     assert what == ["thing.create", "/create", "role"]
     assert (second.subject, second.role) == ("old", None)
     assert third.subject == "anonymous"
     assert other == ["GET /view/{item}", "/view/7", "no-token"]
+    assert under == ["GET /api/v1/things/{thing}", "/api/v1/things/7", "no-token"]
 
 
 async def test_s07_22_a_refusal_that_cannot_be_written_is_answered_with_503() -> None:
@@ -242,6 +244,7 @@ async def test_s07_25_a_long_answer_ends_with_its_token(ends: str) -> None:
 def test_s07_08_a_route_that_states_no_role_is_found() -> None:
     assert check_routes(Served().app) == {
         "GET /health": None,
+        "GET /api/v1/things/{thing}": Role.VIEWER,
         "GET /view/{item}": Role.VIEWER,
         "POST /operate": Role.OPERATOR,
         "POST /create": Role.ADMIN,

@@ -276,6 +276,7 @@ async def test_metrics_are_by_route_and_not_by_path() -> None:
             await client.get(f"/view/{item}", headers=served.headers())
         await client.get("/view/1")
         await client.get("/canary-77")
+        await client.get("/api/v1/things/1", headers=served.headers())
 
     def count(**labels: str) -> float | None:
         return served.metrics.registry.get_sample_value("shardlib_http_requests_total", {"server": "test", **labels})
@@ -283,4 +284,5 @@ async def test_metrics_are_by_route_and_not_by_path() -> None:
     assert count(method="GET", route="/view/{item}", status="200") == 3
     assert count(method="GET", route="/view/{item}", status="401") == 1
     assert count(method="GET", route="unmatched", status="404") == 1
+    assert count(method="GET", route="/api/v1/things/{thing}", status="200") == 1
     assert served.metrics.registry.get_sample_value("shardlib_http_requests_running", {"server": "test"}) == 0
