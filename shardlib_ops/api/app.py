@@ -18,7 +18,7 @@ from shardlib_ops.api.document import install_document
 from shardlib_ops.api.idempotency import IdempotencyKeys
 from shardlib_ops.api.job_routes import job_routes
 from shardlib_ops.api.refused import install_refusals
-from shardlib_ops.api.requests import PREFIX, Services
+from shardlib_ops.api.requests import Services
 from shardlib_ops.api.shard_routes import shard_routes
 from shardlib_ops.audit import Audit, open_audit
 from shardlib_ops.auth import Denied, TokenVerifier, verifier_for
@@ -98,14 +98,15 @@ def create_app(
     )
     guard.install(app)
     install_problems(app)
-    install_refusals(app, guard, audit)
     services = Services(Cluster(manager, catalog, settings.endpoints), changes, settings.limits.page_max)
-    app.include_router(shard_routes(services), prefix=PREFIX)
-    app.include_router(job_routes(services), prefix=PREFIX)
+    app.include_router(shard_routes(services))
+    app.include_router(job_routes(services))
     app.include_router(health_router(HealthChecks(_checks(catalog, audit))))
     app.add_middleware(Shell, guard=guard, limits=settings.limits, server=settings.manager, metrics=metrics)
     app.state.registry = metrics.registry
-    install_document(app, check_routes(app))
+    roles = check_routes(app)
+    install_refusals(app, guard, audit, roles)
+    install_document(app, roles)
     return app
 
 

@@ -13,6 +13,7 @@ from shardlib_ops.api.job_changes import MakeJob, SteerJob
 from shardlib_ops.api.models import DrainBody, MergeBody, MoveKeysBody, RebalanceBody, SplitBody, Steps
 from shardlib_ops.api.requests import (
     PAGE_DEFAULT,
+    PREFIX,
     Cursor,
     IfNoneMatch,
     JobId,
@@ -40,7 +41,7 @@ _MAKE_S: Final = 120.0
 
 def job_routes(services: Services) -> APIRouter:
     """The router of resharding jobs."""
-    router = APIRouter(prefix="/reshard", tags=["resharding"])
+    router = APIRouter(prefix=f"{PREFIX}/reshard", tags=["resharding"])
     _planners(router, services)
     _looks(router, services)
     _steps(router, services)

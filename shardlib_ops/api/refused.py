@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from shardlib_ops.audit import Audit, AuditUnavailable
-from shardlib_ops.serving.identity import SAFE_METHODS, Guard, Needs, actor_of
+from shardlib_ops.serving.identity import SAFE_METHODS, Guard, Needs, actor_of, route_of
 from shardlib_ops.serving.problem import Problem, problem, problem_of, problem_response
 from shardlib_ops.serving.requests import Scope, header, request_info
 
@@ -18,10 +18,22 @@ __all__ = ["install_refusals"]
 
 _ERRORS_MAX: Final = 20
 BAD_REQUEST: Final = 400
+METHOD_NOT_ALLOWED: Final = 405
 
 
-def install_refusals(app: FastAPI, guard: Guard, audit: Audit) -> None:
-    """Let an application that has its problems installed also write refused changes to the audit log."""
+def install_refusals(app: FastAPI, guard: Guard, audit: Audit, calls: Iterable[str]) -> None:
+    """Let an application that has its problems installed also write refused changes to the audit log.
+
+    Args:
+        app: the application.
+        guard: who may come in.
+        audit: where refused changes are written.
+        calls: every call, such as `GET /health`, for the header `Allow`.
+    """
+    methods: dict[str, list[str]] = {}
+    for call in calls:
+        method, _, path = call.partition(" ")
+        methods.setdefault(path, []).append(method)
     inner: Any = app.exception_handlers[RequestValidationError]
     other: Any = app.exception_handlers[HTTPException]
 
@@ -33,6 +45,9 @@ def install_refusals(app: FastAPI, guard: Guard, audit: Audit) -> None:
 
     async def unreadable(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - it is installed for these
+        if error.status_code == METHOD_NOT_ALLOWED and (known := methods.get(route_of(request.scope))):
+            # Starlette names the methods of the first route of that path only.
+            error.headers = {**dict(error.headers or {}), "Allow": ", ".join(sorted(known))}
         if error.status_code != BAD_REQUEST:
             return await other(request, error)  # type: ignore[no-any-return]
         # JSON in form, with a number that Python does not read.

@@ -11,6 +11,7 @@ from shardlib_ops.api.answers import ShardAnswer, ShardPage, shard_answer
 from shardlib_ops.api.models import CreateShardBody, PromoteBody
 from shardlib_ops.api.requests import (
     PAGE_DEFAULT,
+    PREFIX,
     Cursor,
     IfNoneMatch,
     Key,
@@ -35,7 +36,7 @@ PROMOTE_S = 60.0
 
 def shard_routes(services: Services) -> APIRouter:
     """The router of shards."""
-    router = APIRouter(prefix="/shards", tags=["shards"])
+    router = APIRouter(prefix=f"{PREFIX}/shards", tags=["shards"])
 
     @router.post(
         "",
