@@ -1,4 +1,4 @@
-"""Making a token."""
+"""Making a token that servers with the same settings believe."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ class Guard:
         wait_s = max(self._failures.take(key) for key in keys)
         if wait_s:
             # Anybody can fail: entries without end would fill the log, which lets nothing be done any more.
-            _LOG.warning("too many refused requests from %s", info.address)
+            _LOG.info("too many refused requests from %s", info.address)
             return problem("too-many-requests", "too many refused requests", headers=retry_after(wait_s))
         _LOG.info("request %s from %s refused: %s", info.request_id, info.address, why)
         if self.audit is not None:

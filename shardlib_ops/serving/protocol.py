@@ -59,7 +59,7 @@ class BoundedProtocol(H11Protocol):
         self._real = transport
         self.transport = cast("asyncio.Transport", _Lingering(transport, self))
         if len(self.connections) > self.limits.connections_max:
-            _LOG.warning("a connection is closed at once: there are %d", self.limits.connections_max)
+            _LOG.info("a connection is closed at once: there are %d", self.limits.connections_max)
             transport.abort()
             return
         self._await_head()

@@ -15,6 +15,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from shardlib.errors import InvalidArgument
+from shardlib_ops.audit.text import cleaned
 from shardlib_ops.serving.metrics import MetricsApp
 from shardlib_ops.serving.protocol import BoundedProtocol, protocol_class
 from shardlib_ops.serving.shell import App, Receive, Send
@@ -95,7 +96,8 @@ class _Served:
                 await self.app(scope, receive, send)
             except asyncio.CancelledError:
                 # uvicorn ends what has not ended in time; it would log a traceback for it.
-                _LOG.warning("a request was cut off by the end of the server: %s %s", scope["method"], scope["path"])
+                what = cleaned(f"{scope['method']} {scope['path']}")
+                _LOG.warning("a request was cut off by the end of the server: %s", what)
             return
         try:
             await self.app(scope, receive, send)
