@@ -228,6 +228,6 @@ async def test_a_cluster_without_tables() -> None:
         spare = empty.spare("spare-1")
         async with Manager(empty.url) as manager:
             before = await manager.topology()
-            with pytest.raises(InvalidTopology, match="no sharded table yet.*create_all"):
+            with pytest.raises(InvalidTopology, match=r"no sharded table yet.*create_all"):
                 await manager.split("shard-01", targets=[{"name": "shard-02", "primary_endpoint": spare.dsn}])
             assert (await manager.topology()).version == before.version
