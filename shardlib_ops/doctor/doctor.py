@@ -180,6 +180,9 @@ async def _asked(
         todo = "start the server, promote a replica, or correct the DSN in the catalog"
         return [finding(Severity.ERROR, "reach", what=str(error), todo=todo)]
     except TimeoutError:
+        if name == "identity":
+            todo = "look whether the server is frozen or overloaded, and at the network; nothing else is asked of it"
+            return [finding(Severity.ERROR, "reach", what=f"no answer within {limit_s:g} s", todo=todo)]
         todo = "look at the load and the locks of the server; this check tells nothing of the shard"
         return [finding(Severity.WARNING, name, what=f"the check {name!r} did not end within {limit_s:g} s", todo=todo)]
     except (psycopg.Error, ShardlibError) as error:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+from sqlalchemy import Connection, MetaData
 
 from shardlib_ops.reshard.schema.revision import VERSION_SCHEMA, VERSION_TABLE
-
-if TYPE_CHECKING:
-    from sqlalchemy import Connection, MetaData
 
 __all__ = ["ATTRIBUTE", "Handed", "run_migrations"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -17,7 +18,7 @@ from sqlalchemy.pool import NullPool
 
 from shardlib.catalog import Conflict, publish_change
 from shardlib.engine.schema import records
-from shardlib.errors import InvalidArgument, InvalidTopology, ShardlibError
+from shardlib.errors import InvalidArgument, InvalidTopology, ShardlibError, UnsupportedOperation
 from shardlib.shard.prepare import unavailable
 from shardlib.topology import Shard, Topology
 from shardlib.topology.change import record_tables
@@ -196,7 +197,7 @@ class SchemaManager(Base):
             the revisions that they have now.
 
         Raises:
-            As `apply`.
+            MigrationFailed, InvalidTopology, ShardUnavailable, CatalogUnavailable: as `apply`.
         """
         given = self._given()
         async with taken(self._catalog, self._jobs, wait_s=wait_s) as turn, Crew(given) as crew:
@@ -216,7 +217,8 @@ class SchemaManager(Base):
         """What `apply` would run, for each revision that shards are at. Nothing is changed.
 
         Raises:
-            As `apply`; and InvalidTopology if a shard is at several revisions at once.
+            InvalidTopology: a shard is at several revisions at once, or the files are wrong.
+            ShardUnavailable, CatalogUnavailable: no answer.
         """
         async with Crew(self._given()) as crew:
             target = await self._meant(crew, revision)
@@ -251,7 +253,7 @@ class SchemaManager(Base):
         moving = [job for job in await asyncio.to_thread(self._jobs.all) if not job.status.over]
         heads: tuple[str, ...] = ()
         if self._has_config():
-            async with Crew(self._config) as crew:
+            async with Crew(self._given()) as crew:
                 heads = await self._meant(crew, "heads")
 
         async def look(conn: AsyncConnection[Any]) -> tuple[tuple[str, ...], Structure]:
@@ -285,6 +287,8 @@ class SchemaManager(Base):
         return Path(self._config).is_file()
 
     def _given(self) -> str:
+        if find_spec("alembic") is None:
+            raise UnsupportedOperation("running migrations without Alembic", "install the extra `schema`")
         if not self._has_config():
             raise InvalidArgument("config", self._config, "the path of an alembic.ini; `alembic init` makes one")
         return self._config

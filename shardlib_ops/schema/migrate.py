@@ -39,6 +39,14 @@ _PAUSE_MAX_S: Final = 3.0
 _APPLICATION: Final = "shardlib schema"
 _TURN: Final = 0x5348_4152_444D_4947
 """Advisory lock of a shard's database: whoever was paused, and woke up when another was at work, waits."""
+_GIVE_UP: Final = """
+    DO $$ BEGIN
+        SET LOCAL client_connection_check_interval = '2s';
+    EXCEPTION WHEN invalid_parameter_value THEN
+        NULL;  -- a server on a system that cannot tell
+    END $$
+"""
+"""A statement whose client is gone is ended, and its locks are let go."""
 _BLOCKED: Final = (pg.LockNotAvailable, pg.DeadlockDetected)
 _CALLS: Final = "shardlib_ops.schema"
 _UNCHANGED_ENV: Final = (
@@ -162,6 +170,7 @@ def _connected(order: Order) -> Iterator[Connection]:
     def begun(connection: Connection) -> None:
         # What has to run outside of a transaction waits for all older ones by its nature, and holds up nobody.
         if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+            connection.exec_driver_sql(_GIVE_UP)
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(order.lock_timeout_s * 1000)}")
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_TURN})")
 

@@ -30,6 +30,9 @@ class Order(msgspec.Struct, frozen=True):
     lock_timeout_s: float = 1.0
     lock_wait_s: float = 60.0
 
+    def __repr__(self) -> str:
+        return f"<Order to {self.do} {self.target!r} on shard {self.shard!r}>"  # never with the DSN
+
 
 class Answer(msgspec.Struct, frozen=True):
     """What came out.

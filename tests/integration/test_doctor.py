@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -21,8 +22,10 @@ from shardlib.ring import TokenRange
 from shardlib_ops import LocalCluster
 from shardlib_ops.cli.main import app
 from shardlib_ops.doctor import Doctor, Limits, Severity
+from shardlib_ops.manager.manager import Manager
 from shardlib_ops.manager.promote.record import Promotion, PromotionStore, Stage
 from shardlib_ops.reshard.job import Job, Kind, Leg, Status
+from shardlib_ops.reshard.resharder import Resharder
 from shardlib_ops.reshard.schema.change import CHANGE, Change, encode_change
 from shardlib_ops.reshard.store import JobStore
 
@@ -339,6 +342,41 @@ def test_each_fault_gives_its_finding_and_no_other(cluster: LocalCluster, name: 
         assert finding.todo
     assert not report.fine
     assert Doctor.look(cluster.url, limits=SLOW).findings == ()
+
+
+async def test_a_job_at_work_is_no_finding(cluster: LocalCluster) -> None:
+    found: dict[str, list[str]] = {}
+    with ShardedEngine(cluster.url) as engine:
+        key = next(key for key in KEYS if engine.shard_for(key).id == "s1")
+    async with (
+        Manager(cluster.url) as manager,
+        Doctor(cluster.url, limits=SLOW) as doctor,
+        asyncio.timeout(200),
+    ):
+
+        async def at(step: str) -> None:
+            if step in ("announced", "leg_copied", "leg_compared", "status_validation"):
+                found[step] = [str(finding) for finding in (await doctor.examine()).findings]
+
+        job = await manager.move_keys([key], target={"shard_id": "s2"})
+        async with Resharder(cluster.url, on_step=at) as resharder:
+            assert (await resharder.run(job.id)).status is Status.VALIDATION
+            await manager.rollback(job.id)
+            assert (await resharder.run(job.id)).status is Status.ROLLED_BACK
+        assert list(found) == ["announced", "leg_copied", "leg_compared", "status_validation"]
+        assert not any(found.values()), found
+        assert (await doctor.examine()).findings == ()
+
+
+def test_a_frozen_server_is_one_finding_within_the_limit(cluster: LocalCluster) -> None:
+    server = cluster.primary("shard-02")
+    server.pause()
+    try:
+        report = Doctor.look(cluster.url, limits=limits(check_s=4))
+    finally:
+        server.resume()
+    assert [(finding.check, finding.where) for finding in report.findings] == [("reach", SECOND)], report.findings
+    assert report.elapsed_s < 60
 
 
 def test_a_catalog_that_is_away_is_a_finding() -> None:

@@ -224,6 +224,44 @@ def test_killed_in_the_middle(cluster: LocalCluster, migrations: Migrations, tmp
     assert revisions(cluster) == ["a2", "a2", "a2"]
 
 
+def test_ctrl_c_in_the_middle(cluster: LocalCluster, migrations: Migrations, tmp_path: Path) -> None:
+    slow(migrations, tmp_path / "flag", 120)
+    with applying(cluster, migrations, tmp_path / "flag") as first:
+        first.send_signal(signal.SIGINT)
+        assert first.wait(30) == 130
+    # What ran on the server has ended as well, and let go of its locks.
+    running = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'shardlib schema'"
+    with connected(cluster, SHARDS[0]) as conn:
+        until = time.monotonic() + 30
+        while conn.execute(running).fetchone() != (0,):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    assert revisions(cluster) == [None, None, None]
+    migrations.add("a2")
+    with SchemaManager.sync(cluster.url, config=migrations.ini) as manager:
+        assert manager.apply().target == ("a2",)
+
+
+def test_what_runs_outside_of_a_transaction(cluster: LocalCluster, migrations: Migrations) -> None:
+    migrations.env(
+        "from shardlib_ops.schema import run_migrations\nassert run_migrations(transaction_per_migration=True)\n"
+    )
+    migrations.add(
+        "a2",
+        "with op.get_context().autocommit_block():",
+        "    op.execute('CREATE INDEX CONCURRENTLY by_id ON orders (id)')",
+        'op.execute("CREATE TABLE extra (x int)")',
+    )
+    migrations.add("a3", 'op.execute("CREATE TABLE extra (x int)")')
+    with SchemaManager.sync(cluster.url, config=migrations.ini) as manager:
+        with pytest.raises(MigrationFailed, match="revision a3"):
+            manager.apply()
+        assert revisions(cluster) == ["a2", None, None]  # each migration is a transaction here
+        migrations.add("a3")
+        assert manager.apply().target == ("a3",)
+        assert manager.status().drift == ()
+
+
 def test_a_lock_is_waited_for_a_moment_at_a_time(cluster: LocalCluster, migrations: Migrations) -> None:
     with SchemaManager.sync(cluster.url, config=migrations.ini) as manager:
         manager.apply()
