@@ -15,7 +15,7 @@ from shardlib_ops.serving.limits import RateLimiter, json_too_deep
 from shardlib_ops.settings import LimitSettings
 from tests.support.served import Served, problem_in
 
-SMALL = LimitSettings(body_bytes=2048, json_depth=5, request_timeout_s=0.3, body_timeout_s=0.2, requests_max=2)
+SMALL = LimitSettings(body_bytes=2048, json_depth=5, requests_max=2)
 
 
 def nested(depth: int) -> object:
@@ -111,7 +111,7 @@ def test_telling_the_depth_takes_no_longer_than_reading(body: bytes) -> None:
 
 
 async def test_s07_11_a_body_that_comes_too_slowly() -> None:
-    served = Served(limits=SMALL)
+    served = Served(limits=LimitSettings(body_timeout_s=0.3))
 
     async def slow() -> AsyncIterator[bytes]:
         yield b'{"name":'
@@ -124,7 +124,7 @@ async def test_s07_11_a_body_that_comes_too_slowly() -> None:
 
 
 async def test_a_request_that_takes_too_long() -> None:
-    served = Served(limits=SMALL)
+    served = Served(limits=LimitSettings(request_timeout_s=3))
     async with served.client() as client:
         problem_in(await client.get("/wait", headers=served.headers()), 504, "timeout")
         served.waits.set()
@@ -132,7 +132,7 @@ async def test_a_request_that_takes_too_long() -> None:
 
 
 async def test_more_requests_at_one_time_than_allowed() -> None:
-    served = Served(limits=SMALL.model_copy(update={"request_timeout_s": 60.0}))
+    served = Served(limits=SMALL)
     async with served.client() as client:
         waiting = [asyncio.ensure_future(client.get("/wait", headers=served.headers())) for _ in range(2)]
         await asyncio.wait_for(served.entered.wait(), 20)
