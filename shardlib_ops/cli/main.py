@@ -16,6 +16,7 @@ from shardlib_ops.cli import (
     cluster,
     demo,
     doctor,
+    gateway,
     local,
     manager,
     render,
@@ -43,6 +44,7 @@ app.add_typer(resharder.app, name="resharder")
 app.add_typer(schema.app, name="schema")
 app.add_typer(audit.app, name="audit")
 app.add_typer(manager.app, name="manager")
+app.add_typer(gateway.app, name="gateway")
 app.add_typer(token.app, name="token")
 app.command()(doctor.doctor)
 app.command()(demo.demo)

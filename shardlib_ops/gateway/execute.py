@@ -5,27 +5,36 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
+import psycopg
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from shardlib import AsyncShardedEngine, RetryPolicy
-from shardlib.errors import InvalidArgument, ShardlibError
+from shardlib.errors import InvalidArgument, RetryableError, ShardlibError, ShardUnavailable
+from shardlib.fence.verdict import lost_connection
 from shardlib.route.retry import next_wait
+from shardlib.topology import Shard
+from shardlib_ops.gateway.roles import Vetting
 from shardlib_ops.gateway.rows import Chunk, TextCursor
 from shardlib_ops.gateway.statement import check_statement, leaves_traces
 from shardlib_ops.gateway.values import Encoder, encoder_of, needs_type, parameter_text
 
-__all__ = ["Answer", "Executor", "Limits", "ResultTooLarge", "Statement", "StatementTimeout"]
+__all__ = ["Answer", "Emit", "Executor", "Limits", "ResultTooLarge", "Statement", "StatementTimeout"]
+
+Emit = Callable[[bytes], Awaitable[object]]
+"""Takes some lines of a stream; returns once there is room for more."""
 
 _CHUNK: Final = 200
 """Rows that are held at once while they become JSON."""
 _TYPES_MAX: Final = 1_000
 _READ_ONLY: Final = "SET TRANSACTION READ ONLY"
+# serialization_failure, deadlock_detected: the server rolled the transaction back and asks to run it again.
+_AGAIN: Final = frozenset({"40001", "40P01"})
 
 
 class ResultTooLarge(ShardlibError):  # noqa: N818 - named like those of shardlib.errors
@@ -75,12 +84,14 @@ class Statement:
         query: one statement, its parameters as `$1`, `$2`.
         params: their values, as `values.read_json` gives them.
         read_only: whether PostgreSQL shall refuse it if it writes.
+        timeout_s: seconds, where it should take less than the gateway allows.
     """
 
     key: object
     query: str
     params: Sequence[object] = ()
     read_only: bool = False
+    timeout_s: float | None = None
 
     def checked(self) -> Statement:
         """This statement, if it is one that the gateway runs.
@@ -118,16 +129,27 @@ class Answer:
 class Executor:
     """Runs statements on an engine that it does not own.
 
+    Attributes:
+        limits: what one request may take.
+        vetting: who looks at the connections.
+
     Args:
         engine: the engine.
-        limits: what one request may take.
-        retry: how often work is tried that certainly left nothing behind.
+        limits: see above.
+        retry: how often work is tried that certainly left nothing behind, within the time of the statement.
+        any_role: whether statements also run as a role of the database that may do too much, see `roles`.
     """
 
     def __init__(
-        self, engine: AsyncShardedEngine, limits: Limits | None = None, retry: RetryPolicy | None = None
+        self,
+        engine: AsyncShardedEngine,
+        limits: Limits | None = None,
+        retry: RetryPolicy | None = None,
+        *,
+        any_role: bool = False,
     ) -> None:
         self._engine, self.limits, self._retry = engine, limits or Limits(), retry or RetryPolicy()
+        self.vetting = Vetting(self.limits.timeout_s, any_role=any_role)
         self._types: dict[str, list[int]] = {}
 
     async def run(self, statement: Statement) -> Answer:
@@ -139,6 +161,7 @@ class Executor:
             InvalidArgument: a statement, parameter or column name that the gateway does not take.
             InvalidShardKey: the key.
             ResultTooLarge, StatementTimeout: its limits; nothing is left behind.
+            RoleTooStrong: the gateway comes to the shard as a role that may do too much.
             CommitOutcomeUnknown: COMMIT was sent, and no answer came.
             RetryableError: as `AsyncShardedEngine.run`.
             psycopg.Error: what PostgreSQL says of the statement.
@@ -151,11 +174,20 @@ class Executor:
                 shard_id, rows, count = await self._attempt(statement)
                 return Answer(shard_id, rows, count, (time.perf_counter() - began) * 1_000)
             except Exception as error:
-                self._types.pop(statement.query, None)
-                wait_s = next_wait(error, attempt, self._retry, random.uniform(0.5, 1.0))  # noqa: S311
+                wait_s = self._wait_s(statement, error, attempt, time.perf_counter() - began)
                 if wait_s is None:
                     raise
                 await asyncio.sleep(wait_s)
+
+    def _wait_s(self, statement: Statement, error: Exception, attempt: int, passed_s: float) -> float | None:
+        """Seconds until the next attempt; None if there is none."""
+        self._types.pop(statement.query, None)
+        again = RetryableError() if isinstance(error, psycopg.Error) and error.sqlstate in _AGAIN else error
+        wait_s = next_wait(again, attempt, self._retry, random.uniform(0.5, 1.0))  # noqa: S311
+        return None if wait_s is None or passed_s + wait_s >= self._limit_s(statement) else wait_s
+
+    def _limit_s(self, statement: Statement) -> float:
+        return min(statement.timeout_s or self.limits.timeout_s, self.limits.timeout_s)
 
     async def _attempt(self, statement: Statement) -> tuple[str, bytes, int]:
         parts: list[bytes] = []
@@ -175,13 +207,14 @@ class Executor:
             returns = encode is not None and encode is not _no_row
         return shard_id, b"[" + b",".join(parts) + b"]", len(parts) if returns else changed
 
-    async def stream(self, statement: Statement) -> AsyncIterator[bytes]:
-        """Run a statement; give `{"row":{…}}` lines, and `{"end":{…}}` once it is committed.
+    async def stream(self, statement: Statement, emit: Emit) -> None:
+        """Run a statement and commit it; emit `{"row":{…}}` lines, and `{"end":{…}}` once it is committed.
 
-        Before the first line it is tried again as `run` does.
+        The time of the statement goes on while `emit` waits for a slow reader. Before the first line it is tried again
+        as `run` does.
 
         Raises:
-            Exception: as `run`; a consumer that has had rows learns by it that they do not count.
+            Exception: as `run`, or what `emit` raises. Rows that were emitted do not count then.
         """
         statement.checked()
         began, attempt = time.perf_counter(), 0
@@ -197,40 +230,49 @@ class Executor:
                         if chunk.result.ntuples:
                             lines = [b'{"row":' + encode(chunk, row) + b"}\n" for row in range(chunk.result.ntuples)]
                             given += len(lines)
-                            yield b"".join(lines)
-                count = given or changed
-                end = Answer(shard_id, b"", count, (time.perf_counter() - began) * 1_000)
-                yield b'{"end":{"shard_id":%b,"row_count":%d,"latency_ms":%.3f}}\n' % (
-                    msgspec.json.encode(end.shard_id), end.row_count, end.latency_ms,
-                )  # fmt: skip
-                return
+                            await emit(b"".join(lines))
             except Exception as error:
-                self._types.pop(statement.query, None)
-                wait_s = None if given else next_wait(error, attempt, self._retry, random.uniform(0.5, 1.0))  # noqa: S311
+                wait_s = None if given else self._wait_s(statement, error, attempt, time.perf_counter() - began)
                 if wait_s is None:
                     raise
                 await asyncio.sleep(wait_s)
+            else:
+                took_ms = (time.perf_counter() - began) * 1_000
+                await emit(b'{"end":{"shard_id":%b,"row_count":%d,"latency_ms":%.3f}}\n' % (
+                    msgspec.json.encode(shard_id), given or changed, took_ms,
+                ))  # fmt: skip
+                return
 
     @asynccontextmanager
     async def _running(self, statement: Statement, rows: int) -> AsyncIterator[tuple[str, AsyncGenerator[Chunk, None]]]:
         """The statement under way in a transaction that is committed at the end of the block."""
         async with self._engine.connect(statement.key) as conn:
-            limit = asyncio.timeout(self.limits.timeout_s)
+            driver: Any = None
+            limit = asyncio.timeout(self._limit_s(statement))
             try:
                 async with limit:
                     await conn.begin()
+                    raw = await conn.get_raw_connection()
+                    driver = raw.driver_connection
                     if statement.read_only:
                         await conn.exec_driver_sql(_READ_ONLY)
-                    driver: Any = (await conn.get_raw_connection()).driver_connection
+                    vetted = await self.vetting.vet(conn, driver, raw.info)
                     cursor = TextCursor(driver)
                     params = await self._texts(cursor, statement)
                     async with aclosing(cursor.texts(statement.query, params, rows=rows)) as chunks:
-                        yield _shard_of(conn), chunks
+                        yield _shard_of(conn).id, chunks
             except TimeoutError:
                 if limit.expired():
-                    raise StatementTimeout(self.limits.timeout_s) from None
+                    raise StatementTimeout(self._limit_s(statement)) from None
+                raise
+            except psycopg.Error as error:
+                # Before COMMIT, so nothing is left behind.
+                if driver is not None and driver.closed and lost_connection(error):
+                    raise ShardUnavailable(_shard_of(conn).name, "the connection was lost") from error
                 raise
             await conn.commit()
+            if vetted is not None:
+                raw.info.update(vetted)
             if leaves_traces(statement.query):
                 await conn.invalidate()
 
@@ -247,9 +289,10 @@ class Executor:
         return [parameter_text(value, oid) for value, oid in zip(statement.params, types, strict=True)]
 
 
-def _shard_of(conn: AsyncConnection) -> str:
+def _shard_of(conn: AsyncConnection) -> Shard:
     inner: Any = conn.sync_connection
-    return str(inner.shard.id)
+    shard: Shard = inner.shard
+    return shard
 
 
 def _no_row(chunk: Chunk, row: int) -> bytes:

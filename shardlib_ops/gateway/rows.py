@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from psycopg import errors as pg
 from psycopg import generators, pq
@@ -13,6 +15,8 @@ from shardlib.errors import InvalidArgument
 from shardlib.fence.cursor import AsyncFencedCursor
 
 __all__ = ["Chunk", "TextCursor"]
+
+_STOP_S: Final = 5.0
 
 _ROWS: frozenset[int] = frozenset({pq.ExecStatus.TUPLES_CHUNK, pq.ExecStatus.SINGLE_TUPLE, pq.ExecStatus.TUPLES_OK})
 _COPY: frozenset[int] = frozenset({pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH})
@@ -77,8 +81,16 @@ class TextCursor(AsyncFencedCursor):
             raise
         finally:
             if not done and not self._conn.closed:
-                await self._conn.cancel_safe(timeout=5.0)
+                await self._stop()
+
+    async def _stop(self) -> None:
+        """Cancel the statement at the server; a server that does not react to it loses the connection."""
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await self._conn.cancel_safe(timeout=_STOP_S)
                 await self._conn.wait(self._drain())
+        except (TimeoutError, pg.Error):
+            self._conn.pgconn.finish()
 
     def _send(self, query: str, params: Sequence[bytes | None], rows: int) -> PQGen[None]:
         yield from self._start_query(query)

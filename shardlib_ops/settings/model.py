@@ -91,6 +91,11 @@ class GatewaySettings(ServerSettings):
         rows_max: most rows of one answer.
         bytes_max: most bytes of one answer.
         statement_timeout_s: PostgreSQL ends a statement that takes longer, in seconds.
+        pool_size: idle connections that are kept to one server.
+        max_overflow: connections to one server beyond them, while they are in use.
+        max_connections: connections to all servers together.
+        pgbouncer: the servers are PgBouncers in transaction mode.
+        topology_file: keeps the last topology, to start from while the catalog is away. It holds DSNs.
     """
 
     port: int = Field(default=8080, ge=0, le=65535)
@@ -98,6 +103,11 @@ class GatewaySettings(ServerSettings):
     rows_max: int = Field(default=10_000, ge=1, le=10_000_000)
     bytes_max: int = Field(default=16 * MIB, ge=1024, le=1024 * MIB)
     statement_timeout_s: float = Field(default=30.0, gt=0, le=3600)
+    pool_size: int = Field(default=10, ge=1, le=10_000)
+    max_overflow: int = Field(default=10, ge=0, le=10_000)
+    max_connections: int = Field(default=200, ge=1, le=100_000)
+    pgbouncer: bool = False
+    topology_file: Path | None = None
 
 
 class AuthSettings(Section):

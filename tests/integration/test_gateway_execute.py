@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
 from decimal import Decimal
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from psycopg import errors as pg
 from sqlalchemy import Column, Integer, MetaData, String, Table
 
-from shardlib import AsyncShardedEngine
+from shardlib import AsyncShardedEngine, RetryPolicy
 from shardlib.errors import InvalidArgument, RetryableError
 from shardlib_ops import LocalCluster
 from shardlib_ops.gateway.execute import Executor, Limits, ResultTooLarge, Statement, StatementTimeout
@@ -47,7 +46,7 @@ async def engine(cluster: LocalCluster) -> AsyncIterator[AsyncShardedEngine]:
 
 @pytest.fixture
 def executor(engine: AsyncShardedEngine) -> Executor:
-    return Executor(engine, Limits(rows_max=1_000, bytes_max=100_000, timeout_s=20))
+    return Executor(engine, Limits(rows_max=1_000, bytes_max=100_000, timeout_s=20), any_role=True)
 
 
 async def rows(executor: Executor, query: str, *params: object, key: object = "a", **options: Any) -> Any:
@@ -121,7 +120,7 @@ async def test_a_refused_result_is_rolled_back(executor: Executor) -> None:
 async def test_a_statement_that_takes_too_long_is_cancelled_at_the_server(
     engine: AsyncShardedEngine, cluster: LocalCluster
 ) -> None:
-    executor = Executor(engine, Limits(timeout_s=0.3))
+    executor = Executor(engine, Limits(timeout_s=0.3), any_role=True)
     with pytest.raises(StatementTimeout):
         await executor.run(Statement("a", "SELECT pg_sleep(60)"))
     for server in cluster.servers:
@@ -153,29 +152,84 @@ async def test_what_a_statement_sets_does_not_reach_the_next(executor: Executor)
 
 async def test_a_stream_ends_with_its_commit(executor: Executor, cluster: LocalCluster) -> None:
     query = "INSERT INTO item SELECT 'a', g FROM generate_series(1, 5000) AS g RETURNING id"
-    lines = b"".join([part async for part in executor.stream(Statement("a", query))]).splitlines()
+    lines = b"".join(await streamed(executor, query)).splitlines()
     assert [json.loads(line)["row"]["id"] for line in lines[:-1]] == list(range(1, 5001))
     end = json.loads(lines[-1])["end"]
     assert (end["row_count"], end["shard_id"]) == (5000, executor._engine.shard_for("a").id)
     assert await rows(executor, "SELECT count(*) AS n FROM item") == [{"n": 5000}]
 
 
+async def streamed(executor: Executor, query: str, parts: list[bytes] | None = None) -> list[bytes]:
+    """What a stream emits; kept in `parts` also if it fails."""
+    found: list[bytes] = [] if parts is None else parts
+
+    async def emit(part: bytes) -> None:
+        found.append(part)
+
+    await executor.stream(Statement("a", query), emit)
+    return found
+
+
 async def test_a_stream_that_is_left_is_rolled_back(executor: Executor) -> None:
     query = "INSERT INTO item SELECT 'a', g FROM generate_series(1, 50000) AS g RETURNING id"
+
+    async def leave(part: bytes) -> None:
+        raise BrokenPipeError
+
     for _ in range(6):
-        async with aclosing(executor.stream(Statement("a", query))) as stream:  # type: ignore[type-var]
-            assert await anext(aiter(stream))
+        with pytest.raises(BrokenPipeError):
+            await executor.stream(Statement("a", query), leave)
+    assert await rows(executor, "SELECT count(*) AS n FROM item") == [{"n": 0}]
+
+
+async def test_a_slow_reader_does_not_hold_the_transaction_for_longer_than_a_statement(
+    engine: AsyncShardedEngine,
+) -> None:
+    executor = Executor(engine, Limits(timeout_s=0.5), any_role=True)
+
+    async def wait(part: bytes) -> None:
+        await asyncio.Event().wait()
+
+    query = "INSERT INTO item SELECT 'a', g FROM generate_series(1, 50000) AS g RETURNING id"
+    for _ in range(6):
+        async with asyncio.timeout(30):
+            with pytest.raises(StatementTimeout):
+                await executor.stream(Statement("a", query), wait)
     assert await rows(executor, "SELECT count(*) AS n FROM item") == [{"n": 0}]
 
 
 async def test_an_error_in_the_middle_of_a_stream_is_raised(executor: Executor) -> None:
     query = "SELECT 1 / (2000 - g) AS x FROM generate_series(1, 3000) AS g"
-    given = 0
-    with pytest.raises(pg.DivisionByZero):  # noqa: PT012 - how far it came matters
-        async for part in executor.stream(Statement("a", query)):
-            given += part.count(b"\n")
-    assert 0 < given < 2000
+    parts: list[bytes] = []
+    with pytest.raises(pg.DivisionByZero):
+        await streamed(executor, query, parts)
+    assert 0 < sum(part.count(b"\n") for part in parts) < 2000
     assert await rows(executor, "SELECT 1 AS one") == [{"one": 1}]
+
+
+async def test_what_the_server_rolled_back_to_break_a_deadlock_is_tried_again(executor: Executor) -> None:
+    """The first attempt raises as the server would; a sequence, which no rollback turns back, counts the attempts."""
+    await rows(executor, "SELECT 1 AS one")
+    engine = executor._engine
+    async with engine.begin("a") as conn:
+        await conn.exec_driver_sql("CREATE SEQUENCE IF NOT EXISTS tries")
+        await conn.exec_driver_sql(
+            "CREATE OR REPLACE FUNCTION conflict(times int) RETURNS bigint LANGUAGE plpgsql AS $f$ "
+            "DECLARE n bigint := nextval('tries'); BEGIN "
+            "IF mod(n, times + 1) <> 0 THEN RAISE EXCEPTION 'again' USING ERRCODE = '40P01'; END IF; RETURN n; END $f$"
+        )
+    assert await rows(executor, "SELECT conflict(2) AS n") == [{"n": 3}]
+    with pytest.raises(pg.DeadlockDetected):
+        await Executor(engine, retry=RetryPolicy(attempts_max=2), any_role=True).run(
+            Statement("a", "SELECT conflict(100)")
+        )
+
+
+async def test_the_server_bounds_statements_too(engine: AsyncShardedEngine) -> None:
+    """A gateway that freezes cancels nothing."""
+    executor = Executor(engine, Limits(timeout_s=7.5), any_role=True)
+    for _ in range(3):
+        assert await rows(executor, "SELECT current_setting('statement_timeout') AS s") == [{"s": "7500ms"}]
 
 
 async def test_a_lost_connection_is_tried_again(cluster: LocalCluster, executor: Executor) -> None:
@@ -203,7 +257,7 @@ async def test_many_at_once(executor: Executor) -> None:
 
 async def test_a_shard_that_is_away_is_told(cluster: LocalCluster) -> None:
     async with await AsyncShardedEngine.open(cluster.url, connect_timeout_s=2) as engine:
-        executor = Executor(engine)
+        executor = Executor(engine, any_role=True)
         (server,) = [one for one in cluster.servers if one.shard == engine.shard_for("a").name]
         server.kill()
         try:
