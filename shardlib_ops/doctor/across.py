@@ -15,7 +15,7 @@ from shardlib_ops.doctor.view import View
 from shardlib_ops.reshard.check.facts import read_server
 from shardlib_ops.reshard.rows import TableShape, read_shapes
 from shardlib_ops.reshard.schema.revision import read_revision
-from shardlib_ops.reshard.schema.structure import Structure, differences, read_structure
+from shardlib_ops.reshard.schema.structure import Structure, differences, read_structure, real_tables
 from shardlib_ops.reshard.shape import present
 
 __all__ = ["Seen", "across", "look_structure", "references_of"]
@@ -96,12 +96,22 @@ def _structures(view: View, shards: list[Shard], seen: Mapping[str, Seen]) -> li
     found = [Finding(Severity.ERROR, "drift", "tables", line, todo) for line in lines[:_SHOWN]]
     if len(lines) > _SHOWN:
         found.append(Finding(Severity.ERROR, "drift", "tables", f"and {len(lines) - _SHOWN} more differences", todo))
+    if unknown := sorted({name for one in structures.values() for name in real_tables(one)} - _known(view)):
+        what = f"the cluster does not know the tables {', '.join(unknown[:_SHOWN])}{' ...' * (len(unknown) > _SHOWN)}"
+        todo = (
+            "no statement is routed to them, and no job moves their rows; engine.register(metadata) tells the cluster"
+        )
+        found.append(Finding(Severity.NOTE, "unknown tables", "tables", what, todo))
     revisions = {shard.name: seen[shard.id].revision for shard in shards if structures.get(shard.name)}
     if len(set(revisions.values())) > 1 and not (view.change is not None and view.change.open):
         said = ", ".join(f"{name} at {' and '.join(revision) or 'none'}" for name, revision in revisions.items())
         what = f"the tables are at several revisions: {said}"
         found.append(Finding(Severity.WARNING, "revisions", "tables", what, "`schema apply`, or `schema stamp`"))
     return found
+
+
+def _known(view: View) -> set[str]:
+    return {table.fullname for table in view.topology.tables}
 
 
 def _references(shards: list[Shard], seen: Mapping[str, Seen]) -> list[Finding]:

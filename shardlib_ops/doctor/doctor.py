@@ -33,7 +33,7 @@ _CONNECT_S: Final = 5
 _ORDER: Final = tuple(Severity)
 _ALSO: Final = (
     "catalog", "members", "jobs", "promotions", "schema", "reach", "identity", "replicas", "clocks", "drift",
-    "revisions", "references",
+    "revisions", "references", "unknown tables",
 )  # fmt: skip
 
 

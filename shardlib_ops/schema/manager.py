@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from shardlib.topology import Shard, Topology
 from shardlib.topology.change import record_tables
 from shardlib_ops.manager.base import Base
 from shardlib_ops.reshard.schema.revision import read_revision
-from shardlib_ops.reshard.schema.structure import Structure, differences, read_structure, tables_in
+from shardlib_ops.reshard.schema.structure import Structure, differences, read_structure, real_tables, tables_in
 from shardlib_ops.reshard.together import together
 from shardlib_ops.schema.blocking import BlockingSchemaManager
 from shardlib_ops.schema.crew import Crew, WorkerLost
@@ -350,15 +350,9 @@ def _with_tables(now: Topology, metadata: MetaData) -> Topology:
     return after
 
 
-def _unknown_in(topology: Topology, structures: Any) -> set[str]:
+def _unknown_in(topology: Topology, structures: Iterable[Structure]) -> set[str]:
     """Tables, not views, that the cluster does not know: it would not route to them, nor move their rows."""
-    found = {
-        part.table
-        for one in structures
-        for part, text in one.items()
-        if part.kind == "table" and text.startswith(("table", "partitioned table"))
-    }
-    return {name for name in found if topology.table(name) is None}
+    return {name for one in structures for name in real_tables(one) if topology.table(name) is None}
 
 
 def _on(order: Order, shard: Shard) -> Order:

@@ -90,6 +90,13 @@ def nothing(_: LocalCluster) -> Iterator[None]:
 
 
 @contextmanager
+def on_both(cluster: LocalCluster) -> Iterator[None]:
+    plant, undo = "CREATE TABLE loose (x int)", "DROP TABLE loose"
+    with sql(cluster, "shard-01", plant, undo), sql(cluster, "shard-02", plant, undo):
+        yield
+
+
+@contextmanager
 def gate_closed(cluster: LocalCluster) -> Iterator[None]:
     with cluster.primary("shard-01").connect() as conn:
         conn.execute("DROP TABLE shardlib.gate_1")
@@ -294,6 +301,9 @@ CASES = {
         by_sql("shard-02", "ALTER TABLE orders ADD note text", "ALTER TABLE orders DROP note"),
         "drift", ERROR, "tables", "column 'note'",
     ),
+    "unknown tables": Case(
+        on_both, "unknown tables", Severity.NOTE, "tables", "does not know the tables loose"
+    ),
     "revisions": Case(
         by_sql(
             "shard-02",
@@ -340,7 +350,7 @@ def test_each_fault_gives_its_finding_and_no_other(cluster: LocalCluster, name: 
         assert case.where in (None, finding.where), shown
         assert case.says in finding.what, shown
         assert finding.todo
-    assert not report.fine
+    assert report.fine is (case.severity is Severity.NOTE)
     assert Doctor.look(cluster.url, limits=SLOW).findings == ()
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from alembic import command
+from alembic.config import Config
 from sqlalchemy import BigInteger, Column, Integer, MetaData, Table, Text
 from typer.testing import CliRunner, Result
 
@@ -378,6 +380,12 @@ async def test_a_job_waits_for_a_half_done_change(cluster: LocalCluster, migrati
             await operator.rollback(job.id)
             assert (await resharder.run(job.id)).status is Status.ROLLED_BACK
     assert revisions(cluster) == ["a2", "a2", "a2"]
+
+
+def test_alembic_by_itself_does_as_before(migrations: Migrations) -> None:
+    """`run_migrations` leaves it to the rest of `env.py`."""
+    with pytest.raises(SystemExit, match="started by itself"):
+        command.upgrade(Config(migrations.ini), "heads", sql=True)
 
 
 def test_an_env_that_does_not_call_shardlib(cluster: LocalCluster, migrations: Migrations) -> None:

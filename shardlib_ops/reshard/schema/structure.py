@@ -12,7 +12,7 @@ from shardlib.topology import Table
 from shardlib_ops.reshard.schema.revision import VERSION_TABLE
 from shardlib_ops.reshard.shape import IDENTITY, Part, parts_of
 
-__all__ = ["Structure", "differences", "read_structure", "tables_in"]
+__all__ = ["Structure", "differences", "read_structure", "real_tables", "tables_in"]
 
 Structure = Mapping[Part, str]
 """What the tables of a shard are made of."""
@@ -46,6 +46,12 @@ async def read_structure(conn: AsyncConnection[Any], *, moving: bool = False) ->
 def tables_in(structure: Structure) -> set[str]:
     """The names of the tables and views of a shard, with their schemas but for `public`."""
     return {part.table for part in structure if part.kind == "table"}
+
+
+def real_tables(structure: Structure) -> set[str]:
+    """The names of the tables of a shard, without views and the like."""
+    kinds = ("table", "partitioned table")
+    return {part.table for part, text in structure.items() if part.kind == "table" and text.startswith(kinds)}
 
 
 def differences(structures: Mapping[str, Structure]) -> list[str]:
