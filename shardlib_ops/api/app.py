@@ -20,7 +20,7 @@ from shardlib_ops.api.job_routes import job_routes
 from shardlib_ops.api.refused import install_refusals
 from shardlib_ops.api.requests import Services
 from shardlib_ops.api.shard_routes import shard_routes
-from shardlib_ops.audit import Audit, open_audit
+from shardlib_ops.audit import Audit, open_audit, read_key
 from shardlib_ops.auth import Denied, TokenVerifier, verifier_for
 from shardlib_ops.manager.manager import Manager
 from shardlib_ops.serving.health import HealthChecks, health_router
@@ -78,12 +78,17 @@ def create_app(
     changes = Changes(audit, IdempotencyKeys(catalog), metrics.registry)
     guard = Guard(verifier, settings.limits, audit=audit)
 
+    heads_key = None if settings.audit.key_file is None else read_key(settings.audit.key_file)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        publishing = None if heads_key is None else asyncio.create_task(audit.publish_heads(heads_key))
         try:
             yield
         finally:
             await changes.close(CLOSE_S)
+            if publishing is not None:
+                await _ended(publishing)
             await _close(owned, catalog)
 
     app = FastAPI(
@@ -92,7 +97,7 @@ def create_app(
         version="1",
         lifespan=lifespan,
         openapi_url="/openapi.json" if settings.manager.docs else None,
-        docs_url="/docs" if settings.manager.docs else None,
+        docs_url=None,  # its page would load a program from elsewhere
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -108,6 +113,13 @@ def create_app(
     install_refusals(app, guard, audit, roles)
     install_document(app, roles)
     return app
+
+
+async def _ended(publishing: asyncio.Task[None]) -> None:
+    publishing.cancel()
+    await asyncio.wait([publishing])
+    if not publishing.cancelled() and (error := publishing.exception()) is not None:
+        _LOG.error("no heads of the audit log were published any more: %s", type(error).__name__)
 
 
 def _checks(catalog: Catalog, audit: Audit) -> dict[str, Any]:

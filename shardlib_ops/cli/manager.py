@@ -1,4 +1,4 @@
-"""`shardlib-ops manager`: the HTTP API of the control plane."""
+"""`shardlib-ops manager`: the control plane by HTTP."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="The HTTP API of the control plane.")
+app = typer.Typer(no_args_is_help=True, help="The control plane by HTTP.")
 
 
 @app.callback()
 def _group() -> None:
-    """The HTTP API of the control plane."""
+    """The control plane by HTTP."""
 
 
 @app.command()
@@ -33,14 +33,14 @@ def serve(
     metrics_port: Annotated[
         int | None, typer.Option(help="Port of /metrics (9091); -1 serves none.", show_default=False)
     ] = None,
-    docs: Annotated[bool, typer.Option("--docs", help="Also serve /openapi.json and /docs.")] = False,
+    docs: serving.Docs = False,
     dev: serving.Dev = False,
     print_config: serving.PrintConfig = False,
 ) -> None:
-    """Serve the API until SIGTERM or Ctrl-C; requests that run then are finished first.
+    """Serve shards and jobs until SIGTERM or Ctrl-C; requests that run then are finished first.
 
     Tokens are checked with SHARDLIB_JWT_SECRET, SHARDLIB_JWT_KEY_FILE or SHARDLIB_JWKS_URL: without one of them the
-    server does not start. Any number of managers may serve one cluster.
+    server does not start. Any number of managers may serve one cluster. Jobs are run by `resharder run`.
     """
     settings = serving.settings_of(
         "manager", catalog, config, host=host, port=port, metrics_port=metrics_port, docs=docs, dev=dev

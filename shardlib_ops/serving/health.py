@@ -82,7 +82,14 @@ def health_router(checks: HealthChecks) -> APIRouter:
     router = APIRouter()
     unavailable: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "A part does not answer"}}
 
-    @router.get("/health", dependencies=[Depends(anybody)], responses=unavailable, tags=["health"])
+    @router.get(
+        "/health",
+        operation_id="health",
+        summary="Whether the server can do its work",
+        dependencies=[Depends(anybody)],
+        responses=unavailable,
+        tags=["health"],
+    )
     async def health(response: Response) -> Health:
         """Whether the server can do its work."""
         found = await checks.health()

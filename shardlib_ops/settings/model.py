@@ -167,9 +167,11 @@ class AuditSettings(Section):
 
     Attributes:
         url: `catalog:`, `postgresql://...` or `file:/path`.
+        key_file: its first line signs the heads that the manager logs; None logs none.
     """
 
     url: str = Field(default="catalog:", repr=False)
+    key_file: Path | None = None
 
     @field_validator("url")
     @classmethod

@@ -18,10 +18,10 @@ from fastapi import APIRouter, Depends
 from shardlib.catalog import Catalog, open_catalog
 from shardlib.errors import InvalidArgument
 from shardlib_ops.api import create_app
-from shardlib_ops.audit import Audit, AuditUnavailable, Draft, Entry, open_audit
+from shardlib_ops.audit import Audit, AuditUnavailable, Draft, Entry, open_audit, verify
 from shardlib_ops.auth import Role
 from shardlib_ops.serving.identity import anybody, check_routes, needs
-from shardlib_ops.settings import ServerSettings
+from shardlib_ops.settings import AuditSettings, ServerSettings
 from tests.support.eventually import eventually_async
 from tests.support.managers import Api, fill, fill_job, manager_settings, serving, token
 from tests.support.tokens import OTHER_SECRET, claims, forged
@@ -441,3 +441,25 @@ async def test_an_interrupted_caller_does_not_interrupt_the_change(catalog: str)
             await asking
         await eventually_async(over, 20)
         assert api.entries()[-1].result == "ok"
+
+
+async def test_s07_24_the_manager_logs_signed_heads_by_which_a_cut_tail_is_found(
+    catalog: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill_job(catalog)
+    key = tmp_path / "key"
+    key.write_text("k" * 48 + "\n")
+    caplog.set_level("INFO", "shardlib.ops.audit.head")
+    async with serving(catalog, audit_settings=AuditSettings(key_file=key)) as api:
+        for _ in range(60):
+            await api.call("POST", "/api/v1/reshard/jobs/1/pause")
+        entries = api.entries()
+
+        async def published() -> list[str]:
+            return [record.getMessage() for record in caplog.records if record.name == "shardlib.ops.audit.head"]
+
+        heads = await eventually_async(published, 30)
+    assert not verify(entries, heads, key.read_bytes().strip())
+    assert [finding.kind for finding in verify(entries[:50], heads, key.read_bytes().strip())] == ["truncated"]
+    with pytest.raises(InvalidArgument, match="key_file"):
+        create_app(manager_settings(catalog, audit_settings=AuditSettings(key_file=tmp_path / "none")))

@@ -25,6 +25,8 @@ BASE = "http://manager.test"
 
 def manager_settings(catalog: str, **changes: Any) -> Settings:
     """Settings of a manager that lets tests ask as often as they like."""
+    if (audit := changes.pop("audit_settings", None)) is not None:
+        changes["audit"] = audit
     limits = changes.pop("limits", LimitSettings(failed_auth_per_minute=100_000, mutations_per_minute=1_000_000))
     return Settings(**{"catalog": catalog, "auth": auth(), "limits": limits, "manager": ServerSettings(), **changes})
 
