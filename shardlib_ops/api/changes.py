@@ -103,8 +103,9 @@ class Changes:
                 if (refused := claim.answer.problem) is not None:
                     raise refused
                 return claim.answer
+            # What stands in the way of looking is no answer yet: that one who has died still holds a lease, say.
+            done = await self._settled(change, claim, attempt)
             try:
-                done = await self._settled(change, claim, attempt)
                 kept = _kept(done if done is not None else await _applied(change, attempt))
             except (Problem, ShardlibError) as error:
                 found = problem_of(error)

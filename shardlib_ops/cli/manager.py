@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from shardlib_ops.settings import Settings
 
 __all__ = ["app"]
+
+THREADS: Final = 64
 
 app = typer.Typer(no_args_is_help=True, help="The control plane by HTTP.")
 
@@ -49,7 +51,12 @@ def serve(
 
 
 def _made(settings: Settings) -> tuple[App, CollectorRegistry]:
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
     from shardlib_ops.api import create_app
 
+    # Of asyncio's own few threads, some servers that do not answer would take all, and nobody could read any more.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="shardlib-manager"))
     api = create_app(settings)
     return api, api.state.registry

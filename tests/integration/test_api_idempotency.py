@@ -198,6 +198,39 @@ async def test_s07_21_a_step_is_not_asked_again_after_others_have_asked(api: Api
         await over(manager, cluster, job.id)
 
 
+async def test_s07_21_a_promotion_is_brought_to_its_end_and_not_begun_again() -> None:
+    with LocalCluster(shards=1, replicas=2, synchronous=True) as cluster:
+        async with serving(cluster.url) as api:
+            path, body = f"{SHARDS}/s1/promote", {"budget_s": 20}
+            before = (await api.call("GET", f"{SHARDS}/s1", role="viewer")).json()
+            # Nothing had been promoted yet: it is undone, and that is the answer from now on.
+            await asyncio.to_thread(ask_and_lose, cluster, "within the promotion", path, body, "one")
+            for _ in range(2):
+                answer = await resumed(api, path, body, "one")
+                assert answer.status_code == 409
+                assert "has been undone" in answer.json()["detail"]
+            assert (await api.call("GET", f"{SHARDS}/s1", role="viewer")).json() == before
+            # It was done: the answer tells that, and the other replica is not promoted too.
+            await asyncio.to_thread(ask_and_lose, cluster, "after the effect", path, body, "two")
+            after = (await api.call("GET", f"{SHARDS}/s1", role="viewer")).json()
+            assert after["primary_endpoint"] in before["replicas"]
+            answer = await resumed(api, path, body, "two")
+            assert (answer.status_code, answer.json()) == (200, after)
+            assert (await api.call("GET", f"{SHARDS}/s1", role="viewer")).json() == after
+
+
+async def resumed(api: Api, path: str, body: dict[str, Any], key: str) -> httpx.Response:
+    """Ask until nobody is believed to be at work on the servers any more."""
+
+    async def asked() -> httpx.Response | None:
+        answer = await repeated(api, path, body, key)
+        return None if "another manager is at work" in answer.text else answer
+
+    found = await eventually_async(asked, 60, every_s=0.5)
+    assert found is not None
+    return found
+
+
 # The store alone, in memory.
 
 

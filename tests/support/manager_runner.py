@@ -18,6 +18,7 @@ from typing import Any
 from shardlib_ops.api import create_app
 from shardlib_ops.api.idempotency import Claim, IdempotencyKeys
 from shardlib_ops.manager.manager import Manager
+from shardlib_ops.manager.promote import Promoter
 from shardlib_ops.reshard.store import JobStore
 from shardlib_ops.serving.server import Listening, serve, stop_on_signals
 from shardlib_ops.settings import ServerSettings
@@ -27,6 +28,7 @@ LEASE_S = 2.0
 MOMENTS = {
     "before the effect": (Manager, ("create_shard", "split", "pause", "promote_replica")),
     "between shard and job": (JobStore, ("create",)),
+    "within the promotion": (Promoter, ("run",)),
     "after the effect": (Claim, ("keep",)),
 }
 
