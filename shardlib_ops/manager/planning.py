@@ -204,7 +204,7 @@ class Planning(Shards):
                 notes=tuple(str(fault) for fault in faults if fault.note),
             )
         refuse_faults(faults)
-        for target, shard in zip(targets, parties.targets, strict=True):
+        for at, (target, shard) in enumerate(zip(targets, parties.targets, strict=True)):
             if "shard_id" not in target:
                 made = await self.create_shard(
                     shard.name,
@@ -213,9 +213,8 @@ class Planning(Shards):
                     vnode_count=shard.vnode_count,
                 )
                 if made.id != shard.id:
-                    return await self._begin(
-                        [*({"shard_id": one.name} for one in parties.targets)], plan, retention_s, dry_run
-                    )
+                    there: list[Target] = [{"shard_id": one.id} for one in (*parties.targets[:at], made)]
+                    return await self._begin([*there, *targets[at + 1 :]], plan, retention_s, dry_run)
         job = Job(
             id=0,
             kind=planned.kind,
@@ -241,6 +240,8 @@ class Planning(Shards):
         """
         earlier = [other for other in await asyncio.to_thread(self._jobs.all) if other.id < job.id]
         topology = await self.topology()
+        for shard in shards:
+            topology.shard(shard.id)  # it is there still
         refuse_busy(earlier, shards, topology, moving=True)
         refuse_promoting(await asyncio.to_thread(self._promotions.open), shards)
         for leg in job.legs:

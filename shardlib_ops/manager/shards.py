@@ -137,9 +137,22 @@ def _free(connection: Any, topology: Topology) -> None:
     cluster_id, shard_id = connection.execute("SELECT cluster_id, shard_id FROM shardlib.control").fetchone()
     if cluster_id != topology.cluster_id:
         return  # `install` says whose it is
-    if any(shard.id == shard_id for shard in topology.shards):
-        raise InvalidArgument("primary_endpoint", shard_id, "this database is that shard already")
+    known = next((shard for shard in topology.shards if shard.id == shard_id), None)
+    if known is not None:
+        # Its number may have gone to another database meanwhile.
+        with reached(known, CONNECT_S) as theirs:
+            if _database(theirs) == _database(connection):
+                raise InvalidArgument("primary_endpoint", shard_id, "this database is that shard already")
     connection.execute("DROP SCHEMA shardlib CASCADE")
+
+
+def _database(connection: Any) -> tuple[Any, ...]:
+    """Tells a database from those of other servers, and a replica not from its primary."""
+    query = (
+        "SELECT system_identifier, (SELECT oid FROM pg_database WHERE datname = current_database())"
+        " FROM pg_control_system()"
+    )
+    return tuple(connection.execute(query).fetchone())
 
 
 def _app_roles(topology: Topology) -> tuple[str, ...]:

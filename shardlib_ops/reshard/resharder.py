@@ -17,12 +17,13 @@ from shardlib.catalog import Catalog, Conflict, Lease, open_catalog
 from shardlib.errors import CatalogUnavailable, InvalidArgument, InvalidTopology
 from shardlib_ops.reshard.cutover import Limits
 from shardlib_ops.reshard.job import Job, Status
+from shardlib_ops.reshard.orphan import end_without, gone
 from shardlib_ops.reshard.progress import JobProgress, Observer, metrics_text, reported
 from shardlib_ops.reshard.runner import JobRunner
 from shardlib_ops.reshard.servers import Servers
 from shardlib_ops.reshard.store import JobStore
 from shardlib_ops.reshard.stream import MAX_SLOT_WAL
-from shardlib_ops.reshard.world import Superseded
+from shardlib_ops.reshard.world import Blocked, Lost, Superseded
 
 __all__ = ["Resharder"]
 
@@ -193,7 +194,7 @@ class Resharder:
                     return await self._drive(job_id, lease, complete=complete, stay=stay)
                 finally:
                     await asyncio.to_thread(lease.release)
-            except (CatalogUnavailable, Superseded) as error:
+            except (CatalogUnavailable, Superseded, Lost, Blocked) as error:
                 _log.warning("job %d: %s", job_id, error)
                 pause_s = _BACK_OFF_S[min(failures, len(_BACK_OFF_S) - 1)]
                 failures += 1
@@ -203,7 +204,7 @@ class Resharder:
         store = JobStore(self._catalog)
         try:
             return await self._drive_held(job_id, store, lease, complete=complete, stay=stay)
-        except (CatalogUnavailable, Superseded):
+        except (CatalogUnavailable, Superseded, Lost, Blocked):
             raise
         except Exception as error:
             if stay:  # else the caller hears of it
@@ -213,6 +214,11 @@ class Resharder:
     async def _drive_held(self, job_id: int, store: JobStore, lease: Lease, *, complete: bool, stay: bool) -> Job:
         job = await asyncio.to_thread(store.load, job_id)  # as it is now that nobody else writes it
         topology = await asyncio.to_thread(self._catalog.load)
+        if job.status is Status.PENDING and gone(job, topology):
+            ended = await end_without(job, topology, lease, await asyncio.to_thread(store.wish, job_id))
+            await asyncio.to_thread(store.save, ended, lease)
+            _say_rests(ended)
+            return ended
         world = Servers(
             self._catalog,
             lease,

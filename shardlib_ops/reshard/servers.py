@@ -27,6 +27,7 @@ from shardlib_ops.reshard.copy import ExportedSnapshot, collect_keys, copy_table
 from shardlib_ops.reshard.flow import StreamFlow, who_blocks
 from shardlib_ops.reshard.job import WAY_BACK_LOST, Job, Leg, Status, Wish
 from shardlib_ops.reshard.link import Link
+from shardlib_ops.reshard.orphan import gone
 from shardlib_ops.reshard.progress import Tracker
 from shardlib_ops.reshard.schema import (
     advance_sequences,
@@ -135,19 +136,27 @@ class Servers:
         if not self.runner.next_round():
             raise Superseded(f"job {self._job_id} was taken up too often under one lease")
         # Another server stands in for one of them after a failover.
-        self._topology = await self._ask(lambda: self._catalog.load(self._topology))
+        found = await self._ask(lambda: self._catalog.load(self._topology))
+        self._same_shards(found)
+        self._topology = found
         for shard_id, side in self._sides.items():
             side.shard = self._topology.shard_by_id(shard_id)
 
     async def topology(self) -> Topology:
         """See `World.topology`."""
-        self._topology = await self._ask(lambda: self._catalog.load(self._topology))
-        self._same_primaries(self._topology)
+        found = await self._ask(lambda: self._catalog.load(self._topology))
+        self._same_primaries(found)
+        self._topology = found
         for shard_id, side in self._sides.items():
             side.shard = self._topology.shard_by_id(shard_id)  # replicas come and go
         return self._topology
 
+    def _same_shards(self, found: Topology) -> None:
+        if away := gone(self.progress.job, found):
+            raise Superseded(f"job {self._job_id}: shard {', '.join(away)} was taken out of the cluster")
+
     def _same_primaries(self, found: Topology) -> None:
+        self._same_shards(found)
         for shard_id, side in self._sides.items():
             shard = found.shard_by_id(shard_id)
             if shard.primary != side.shard.primary:
