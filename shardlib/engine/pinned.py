@@ -19,7 +19,7 @@ from shardlib.session.statements import keyless_write, pinned_needs, refuse_raw
 from shardlib.shard import ShardConnection
 from shardlib.topology import Status, Topology
 
-__all__ = ["PinnedEngine", "connect_pinned"]
+__all__ = ["PinnedEngine", "begin_pinned", "connect_pinned"]
 
 
 def connect_pinned(core: Core, key: bytes) -> ShardConnection:
@@ -28,6 +28,34 @@ def connect_pinned(core: Core, key: bytes) -> ShardConnection:
     Raises:
         ShardUnavailable, PoolTimeout: no connection could be had.
     """
+    conn = _connected(core, key)
+    conn.pinned = True
+    pin = _Pin(core, key)
+    event.listen(conn, "begin", pin.begin)
+    event.listen(conn, "begin_twophase", _refuse_twophase)
+    event.listen(conn, "before_execute", pin.check)
+    return conn
+
+
+def begin_pinned(core: Core, key: bytes) -> ShardConnection:
+    """A connection in a transaction that holds the key's gate, and that can begin no further one.
+
+    Costs less than `connect_pinned`, and is for a driver's statements: nobody looks at those of SQLAlchemy.
+
+    Raises:
+        StaleTopology, ShardUnavailable, PoolTimeout, sqlalchemy.exc.DBAPIError: it could not be begun.
+    """
+    conn = _connected(core, key)
+    try:
+        conn.begin()
+        _Pin(core, key).begin(conn)
+    except BaseException:
+        conn.close()
+        raise
+    return conn
+
+
+def _connected(core: Core, key: bytes) -> ShardConnection:
     core.check_open()
     shard = core.cache.current.place(core.token(key)).shard
     try:
@@ -36,11 +64,7 @@ def connect_pinned(core: Core, key: bytes) -> ShardConnection:
         if core.metrics is not None:
             core.metrics.failed(error, shard.id)
         raise
-    conn.shard, conn.pinned = shard, True
-    pin = _Pin(core, key)
-    event.listen(conn, "begin", pin.begin)
-    event.listen(conn, "begin_twophase", _refuse_twophase)
-    event.listen(conn, "before_execute", pin.check)
+    conn.shard = shard
     return conn
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import psycopg
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from shardlib import AsyncShardedEngine, RetryPolicy
+from shardlib.engine.pinned import begin_pinned
 from shardlib.errors import InvalidArgument, RetryableError, ShardlibError, ShardUnavailable
 from shardlib.fence.verdict import lost_connection
+from shardlib.key import encode_key
 from shardlib.route.retry import next_wait
 from shardlib.topology import Shard
 from shardlib_ops.gateway.roles import Vetting
@@ -26,13 +28,15 @@ from shardlib_ops.gateway.values import Encoder, encoder_of, needs_type, paramet
 
 __all__ = ["Answer", "Emit", "Executor", "Limits", "ResultTooLarge", "Statement", "StatementTimeout"]
 
+T = TypeVar("T")
+
 Emit = Callable[[bytes], Awaitable[object]]
 """Takes some lines of a stream; returns once there is room for more."""
 
 _CHUNK: Final = 200
 """Rows that are held at once while they become JSON."""
 _TYPES_MAX: Final = 1_000
-_READ_ONLY: Final = "SET TRANSACTION READ ONLY"
+_READ_ONLY: Final = b"SET TRANSACTION READ ONLY"
 # serialization_failure, deadlock_detected: the server rolled the transaction back and asks to run it again.
 _AGAIN: Final = frozenset({"40001", "40P01"})
 
@@ -171,7 +175,8 @@ class Executor:
         while True:
             attempt += 1
             try:
-                shard_id, rows, count = await self._attempt(statement)
+                chunk_rows = min(_CHUNK, self.limits.rows_max + 1)
+                shard_id, (rows, count) = await greenlet_spawn(self._transact, statement, chunk_rows, self._collect)
                 return Answer(shard_id, rows, count, (time.perf_counter() - began) * 1_000)
             except Exception as error:
                 wait_s = self._wait_s(statement, error, attempt, time.perf_counter() - began)
@@ -189,23 +194,23 @@ class Executor:
     def _limit_s(self, statement: Statement) -> float:
         return min(statement.timeout_s or self.limits.timeout_s, self.limits.timeout_s)
 
-    async def _attempt(self, statement: Statement) -> tuple[str, bytes, int]:
+    async def _collect(self, chunks: AsyncIterator[Chunk]) -> tuple[bytes, int]:
+        """The rows as one array, and how many there are, or were changed."""
         parts: list[bytes] = []
         size = changed = 0
         encode = None
-        async with self._running(statement, min(_CHUNK, self.limits.rows_max + 1)) as (shard_id, chunks):
-            async for chunk in chunks:
-                changed = chunk.changed if chunk.last and chunk.changed is not None else changed
-                encode = encode or _row_encoder(chunk)
-                for row in range(chunk.result.ntuples):
-                    parts.append(encode(chunk, row))
-                    size += len(parts[-1])
-                if len(parts) > self.limits.rows_max:
-                    raise ResultTooLarge("rows", self.limits.rows_max)
-                if size > self.limits.bytes_max:
-                    raise ResultTooLarge("bytes", self.limits.bytes_max)
-            returns = encode is not None and encode is not _no_row
-        return shard_id, b"[" + b",".join(parts) + b"]", len(parts) if returns else changed
+        async for chunk in chunks:
+            changed = chunk.changed if chunk.last and chunk.changed is not None else changed
+            encode = encode or _row_encoder(chunk)
+            for row in range(chunk.result.ntuples):
+                parts.append(encode(chunk, row))
+                size += len(parts[-1])
+            if len(parts) > self.limits.rows_max:
+                raise ResultTooLarge("rows", self.limits.rows_max)
+            if size > self.limits.bytes_max:
+                raise ResultTooLarge("bytes", self.limits.bytes_max)
+        returns = encode is not None and encode is not _no_row
+        return b"[" + b",".join(parts) + b"]", len(parts) if returns else changed
 
     async def stream(self, statement: Statement, emit: Emit) -> None:
         """Run a statement and commit it; emit `{"row":{…}}` lines, and `{"end":{…}}` once it is committed.
@@ -218,19 +223,23 @@ class Executor:
         """
         statement.checked()
         began, attempt = time.perf_counter(), 0
+        given = changed = 0
+
+        async def pass_on(chunks: AsyncIterator[Chunk]) -> None:
+            nonlocal given, changed
+            encode = None
+            async for chunk in chunks:
+                changed = chunk.changed if chunk.last and chunk.changed is not None else changed
+                encode = encode or _row_encoder(chunk)
+                if chunk.result.ntuples:
+                    lines = [b'{"row":' + encode(chunk, row) + b"}\n" for row in range(chunk.result.ntuples)]
+                    given += len(lines)
+                    await emit(b"".join(lines))
+
         while True:
             attempt += 1
-            given = 0
             try:
-                async with self._running(statement, _CHUNK) as (shard_id, chunks):
-                    encode, changed = None, 0
-                    async for chunk in chunks:
-                        changed = chunk.changed if chunk.last and chunk.changed is not None else changed
-                        encode = encode or _row_encoder(chunk)
-                        if chunk.result.ntuples:
-                            lines = [b'{"row":' + encode(chunk, row) + b"}\n" for row in range(chunk.result.ntuples)]
-                            given += len(lines)
-                            await emit(b"".join(lines))
+                shard_id, _ = await greenlet_spawn(self._transact, statement, _CHUNK, pass_on)
             except Exception as error:
                 wait_s = None if given else self._wait_s(statement, error, attempt, time.perf_counter() - began)
                 if wait_s is None:
@@ -243,38 +252,57 @@ class Executor:
                 ))  # fmt: skip
                 return
 
-    @asynccontextmanager
-    async def _running(self, statement: Statement, rows: int) -> AsyncIterator[tuple[str, AsyncGenerator[Chunk, None]]]:
-        """The statement under way in a transaction that is committed at the end of the block."""
-        async with self._engine.connect(statement.key) as conn:
-            driver: Any = None
-            limit = asyncio.timeout(self._limit_s(statement))
-            try:
-                async with limit:
-                    await conn.begin()
-                    raw = await conn.get_raw_connection()
-                    driver = raw.driver_connection
-                    if statement.read_only:
-                        await conn.exec_driver_sql(_READ_ONLY)
-                    vetted = await self.vetting.vet(conn, driver, raw.info)
-                    cursor = TextCursor(driver)
-                    params = await self._texts(cursor, statement)
-                    async with aclosing(cursor.texts(statement.query, params, rows=rows)) as chunks:
-                        yield _shard_of(conn).id, chunks
-            except TimeoutError:
-                if limit.expired():
-                    raise StatementTimeout(self._limit_s(statement)) from None
-                raise
-            except psycopg.Error as error:
-                # Before COMMIT, so nothing is left behind.
-                if driver is not None and driver.closed and lost_connection(error):
-                    raise ShardUnavailable(_shard_of(conn).name, "the connection was lost") from error
-                raise
-            await conn.commit()
+    def _transact(
+        self, statement: Statement, rows: int, consume: Callable[[AsyncIterator[Chunk]], Awaitable[T]]
+    ) -> tuple[str, T]:
+        """The statement in a transaction of its own; the id of its shard, and what `consume` made of its rows.
+
+        All of it in one of SQLAlchemy's greenlets: one for each step costs more than the steps.
+        """
+        core = self._engine.sync_engine._core  # noqa: SLF001 - the engine's own inside
+        conn = begin_pinned(core, encode_key(statement.key))
+        try:
+            shard: Any = conn.shard
+            info = conn.info
+            result, vetted = await_only(self._work(conn.driver, info, shard, statement, rows, consume))
+            conn.commit()
             if vetted is not None:
-                raw.info.update(vetted)
+                info.update(vetted)
             if leaves_traces(statement.query):
-                await conn.invalidate()
+                conn.invalidate()
+            return shard.id, result
+        finally:
+            conn.close()
+
+    async def _work(
+        self,
+        driver: Any,
+        info: Mapping[Any, Any],
+        shard: Shard,
+        statement: Statement,
+        rows: int,
+        consume: Callable[[AsyncIterator[Chunk]], Awaitable[T]],
+    ) -> tuple[T, dict[str, object] | None]:
+        """What is between BEGIN and COMMIT, within the time of the statement."""
+        limit = asyncio.timeout(self._limit_s(statement))
+        try:
+            async with limit:
+                if statement.read_only:
+                    await driver.wait(driver.message(_READ_ONLY))
+                vetted = await self.vetting.vet(driver, info, shard.name)
+                cursor = TextCursor(driver)
+                params = await self._texts(cursor, statement)
+                async with aclosing(cursor.texts(statement.query, params, rows=rows)) as chunks:
+                    return await consume(chunks), vetted
+        except TimeoutError:
+            if limit.expired():
+                raise StatementTimeout(self._limit_s(statement)) from None
+            raise
+        except psycopg.Error as error:
+            # Before COMMIT, so nothing is left behind.
+            if driver.closed and lost_connection(error):
+                raise ShardUnavailable(shard.name, "the connection was lost") from error
+            raise
 
     async def _texts(self, cursor: TextCursor, statement: Statement) -> list[bytes | None]:
         if not any(needs_type(value) for value in statement.params):
@@ -287,12 +315,6 @@ class Executor:
         if len(types) != len(statement.params):
             raise InvalidArgument("params", len(statement.params), f"{len(types)} of them, as the query has")
         return [parameter_text(value, oid) for value, oid in zip(statement.params, types, strict=True)]
-
-
-def _shard_of(conn: AsyncConnection) -> Shard:
-    inner: Any = conn.sync_connection
-    shard: Shard = inner.shard
-    return shard
 
 
 def _no_row(chunk: Chunk, row: int) -> bytes:

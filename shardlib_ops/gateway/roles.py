@@ -13,8 +13,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from shardlib import AsyncShardedEngine
 from shardlib.errors import RetryableError, ShardlibError
 from shardlib.topology import Shard
@@ -74,13 +72,13 @@ class Vetting:
     def __init__(self, timeout_s: float, *, any_role: bool) -> None:
         self._timeout_ms, self._any_role = max(1, round(timeout_s * 1_000)), any_role
 
-    async def vet(self, conn: AsyncConnection, driver: Any, info: Mapping[str, object]) -> dict[str, object] | None:
+    async def vet(self, driver: Any, info: Mapping[Any, Any], shard: str) -> dict[str, object] | None:
         """Look at a connection that was not looked at before, in the transaction that has begun on it.
 
         Args:
-            conn: the connection.
-            driver: psycopg's.
+            driver: psycopg's connection.
             info: what is kept with the physical connection.
+            shard: name of the shard that it leads to.
 
         Returns:
             What to keep with it once the transaction is committed; None if there is nothing new.
@@ -92,14 +90,10 @@ class Vetting:
             return None
         # Behind PgBouncer, the next transaction may be on another connection of the server.
         pooled = bool(driver.pooled)
-        answer = await conn.exec_driver_sql(
-            _SQL.format(timeout_ms=self._timeout_ms, local="true" if pooled else "false")
-        )
-        row: Any = answer.one()
-        _, why, role = row
-        if why is not None and not self._any_role:
-            inner: Any = conn.sync_connection
-            raise RoleTooStrong(inner.shard.name, role, why)
+        sql = _SQL.format(timeout_ms=self._timeout_ms, local="true" if pooled else "false")
+        _, why, role = await driver.wait(driver.one_row(sql.encode()))
+        if why and not self._any_role:
+            raise RoleTooStrong(shard, role, why)
         return None if pooled else {_KEY: True}
 
 
@@ -116,7 +110,7 @@ async def check_roles(engine: AsyncShardedEngine, vetting: Vetting) -> None:
             try:
                 async with engine.begin(key) as conn:
                     raw = await conn.get_raw_connection()
-                    await vetting.vet(conn, raw.driver_connection, {})
+                    await vetting.vet(raw.driver_connection, {}, shard.name)
             except RetryableError as error:
                 _LOG.warning("the role on shard %r is not known yet: %s", shard.name, type(error).__name__)
 
