@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Final
+from types import TracebackType
+from typing import Final, Self
 
 from shardlib.catalog import Catalog, open_catalog
 from shardlib.dsn import Dsn
@@ -33,6 +34,14 @@ class Base:
         self._catalog: Catalog = open_catalog(url, timeout_s=timeout_s)
         self._jobs = JobStore(self._catalog)
         self._promotions = PromotionStore(self._catalog)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
 
     async def close(self) -> None:
         """Close the catalog; idempotent."""

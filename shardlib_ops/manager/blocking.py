@@ -1,36 +1,40 @@
-"""The manager for scripts: the same coroutines, run to their end."""
+"""The manager for scripts, and what its blocking twin has in common with others: coroutines, run to their end."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
+from shardlib.errors import UnsupportedOperation
 from shardlib.topology import Shard, Topology
+from shardlib_ops.manager.base import Base
 from shardlib_ops.reshard.job import Job
 
 if TYPE_CHECKING:
-    from shardlib_ops.manager.manager import Manager, Target
+    from shardlib_ops.manager.manager import Manager, Target  # noqa: F401 - of `Blocking["Manager"]`
     from shardlib_ops.manager.promote import Promotion, Rejoin
     from shardlib_ops.manager.promotions import Told
     from shardlib_ops.reshard.check import Fault
     from shardlib_ops.reshard.plan import Plan
 
-__all__ = ["BlockingManager"]
+__all__ = ["Blocking", "BlockingManager"]
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Base)
 
 
-class BlockingManager:
-    """`Manager`, without `await`: `Manager.sync(url)` makes one. Arguments, answers and errors are those of `Manager`.
+class Blocking(Generic[M]):
+    """What every blocking twin does: it owns a manager, and an event loop to run its coroutines in.
 
-    Use it as a context manager, or `close()` it. Not for code that runs in an event loop.
+    Args:
+        manager: closed with it.
     """
 
-    def __init__(self, manager: Manager) -> None:
+    def __init__(self, manager: M) -> None:
         self._manager = manager
-        self._runner = asyncio.Runner()
+        self._runner: asyncio.Runner | None = asyncio.Runner()
 
     def __enter__(self) -> Self:
         return self
@@ -41,16 +45,28 @@ class BlockingManager:
         self.close()
 
     def _run(self, call: Coroutine[Any, Any, T]) -> T:
+        if self._runner is None:
+            call.close()
+            raise UnsupportedOperation("a manager that was closed", "make another one")
         return self._runner.run(call)
 
     def close(self) -> None:
-        """As `Manager.close`."""
-        self._run(self._manager.close())
-        self._runner.close()
+        """Close the catalog; idempotent."""
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            with runner:
+                runner.run(self._manager.close())
 
     def topology(self) -> Topology:
-        """As `Manager.topology`."""
+        """The topology as it is now."""
         return self._run(self._manager.topology())
+
+
+class BlockingManager(Blocking["Manager"]):
+    """`Manager`, without `await`: `Manager.sync(url)` makes one. Arguments, answers and errors are those of `Manager`.
+
+    Use it as a context manager, or `close()` it. Not for code that runs in an event loop.
+    """
 
     def list_shards(self) -> list[Shard]:
         """As `Manager.list_shards`."""
@@ -83,6 +99,7 @@ class BlockingManager:
         max_lag_bytes: int = 16 * 2**20,
         rejoin: Rejoin | None = None,
         on_step: Told | None = None,
+        lease_ttl_s: float = 10.0,
     ) -> Shard:
         """As `Manager.promote_replica`; `rejoin` and `on_step` are coroutine functions here too."""
         return self._run(
@@ -93,6 +110,7 @@ class BlockingManager:
                 max_lag_bytes=max_lag_bytes,
                 rejoin=rejoin,
                 on_step=on_step,
+                lease_ttl_s=lease_ttl_s,
             )
         )
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
 from shardlib_ops.manager.blocking import BlockingManager
 from shardlib_ops.manager.planning import Planning
 from shardlib_ops.manager.promotions import Promotions
@@ -28,11 +25,3 @@ class Manager(Planning, Steering, Promotions):
     def sync(cls, url: str, *, timeout_s: float = 5.0) -> BlockingManager:
         """The blocking twin, for scripts."""
         return BlockingManager(cls(url, timeout_s=timeout_s))
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()

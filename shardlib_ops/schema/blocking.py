@@ -2,52 +2,49 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from sqlalchemy import MetaData
 
+from shardlib_ops.manager.blocking import Blocking
 from shardlib_ops.schema.model import Applied, SchemaStatus, Script
 
 if TYPE_CHECKING:
-    from shardlib_ops.schema.manager import SchemaManager
+    from shardlib_ops.schema.manager import SchemaManager, Told  # noqa: F401 - of `Blocking["SchemaManager"]`
 
 __all__ = ["BlockingSchemaManager"]
 
-T = TypeVar("T")
 
-
-class BlockingSchemaManager:
+class BlockingSchemaManager(Blocking["SchemaManager"]):
     """`SchemaManager`, without `await`: `SchemaManager.sync(url)` makes one.
 
     Use it as a context manager, or `close()` it. Not for code that runs in an event loop.
     """
 
-    def __init__(self, manager: SchemaManager) -> None:
-        self._manager = manager
-        self._runner = asyncio.Runner()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _run(self, call: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(call)
-
-    def close(self) -> None:
-        """As `SchemaManager.close`."""
-        self._run(self._manager.close())
-        self._runner.close()
-
-    def apply(self, revision: str = "heads", **options: Any) -> Applied:
-        """As `SchemaManager.apply`."""
-        return self._run(self._manager.apply(revision, **options))
+    def apply(
+        self,
+        revision: str = "heads",
+        *,
+        metadata: MetaData | None = None,
+        parallel: int = 1,
+        lock_timeout_s: float = 1.0,
+        lock_wait_s: float = 60.0,
+        wait_s: float = 0.0,
+        on_shard: Told | None = None,
+    ) -> Applied:
+        """As `SchemaManager.apply`; `on_shard` is a coroutine function here too."""
+        return self._run(
+            self._manager.apply(
+                revision,
+                metadata=metadata,
+                parallel=parallel,
+                lock_timeout_s=lock_timeout_s,
+                lock_wait_s=lock_wait_s,
+                wait_s=wait_s,
+                on_shard=on_shard,
+            )
+        )
 
     def stamp(self, revision: str, *, shards: Sequence[str] = (), wait_s: float = 0.0) -> tuple[str, ...]:
         """As `SchemaManager.stamp`."""

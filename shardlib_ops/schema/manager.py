@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import psycopg
@@ -64,14 +63,6 @@ class SchemaManager(Base):
     def sync(cls, url: str, *, config: str = "alembic.ini", timeout_s: float = 5.0) -> BlockingSchemaManager:
         """The blocking twin, for scripts."""
         return BlockingSchemaManager(cls(url, config=config, timeout_s=timeout_s))
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def apply(
         self,
