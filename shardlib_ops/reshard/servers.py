@@ -188,8 +188,15 @@ class Servers:
     async def save(self, job: Job) -> None:
         """See `World.save`."""
         self._held()
+        saving = asyncio.ensure_future(self._ask(lambda: self._store.save(job, self._lease)))
         try:
-            await self._ask(lambda: self._store.save(job, self._lease))
+            await asyncio.shield(saving)
+        except asyncio.CancelledError:
+            # Arriving later, it would overwrite what is stored next.
+            await asyncio.wait([saving])
+            if not saving.cancelled():
+                saving.exception()  # looked at; the cancellation is what counts
+            raise
         except Conflict:
             raise Superseded(f"the record of job {job.id} was changed by another runner") from None
         self.progress.saved(job)
