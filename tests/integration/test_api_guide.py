@@ -6,11 +6,8 @@ import asyncio
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -19,6 +16,7 @@ import pytest
 from shardlib import ShardedEngine
 from shardlib_ops import LocalCluster, Resharder
 from tests.support.eventually import eventually_async
+from tests.support.manager_runner import started
 from tests.support.models import Base, Customer
 from tests.support.tokens import SECRET
 
@@ -28,26 +26,6 @@ BLOCK = re.search(r"^## A shard's life\n\n```sh\n(.*?)^```", GUIDE, re.MULTILINE
 pytestmark = pytest.mark.skipif(
     shutil.which("curl") is None or shutil.which("openssl") is None, reason="no curl or no openssl on this machine"
 )
-
-
-@contextmanager
-def started(environment: dict[str, str]) -> Iterator[str]:
-    """`shardlib-ops manager serve`: the URL that it prints."""
-    command = [sys.executable, "-m", "shardlib_ops.cli.main", "manager", "serve", "--port", "0", "--metrics-port", "-1"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        said = ""
-        while (found := re.search(r"serving on (\S+?)[,;]", said)) is None:
-            line = process.stderr.readline()
-            assert line, f"it did not start: {said}"
-            said += line
-        yield found[1]
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.communicate(timeout=20)
 
 
 async def test_the_calls_of_the_guide_do_what_it_says() -> None:

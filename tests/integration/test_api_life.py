@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
+import socket
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -22,9 +24,10 @@ from shardlib_ops.cli.main import app as cli
 from shardlib_ops.serving.server import listen
 from shardlib_ops.settings import ServerSettings
 from tests.support.eventually import eventually_async
-from tests.support.manager_runner import running
+from tests.support.manager_runner import running, started
 from tests.support.managers import audit_entries, fill, fill_job, manager_settings, serving, token
 from tests.support.models import Base, Customer
+from tests.support.tokens import SECRET
 
 ROWS = 300
 
@@ -235,3 +238,28 @@ def test_the_command_refuses_to_serve_without_a_key(monkeypatch: pytest.MonkeyPa
     shown = CliRunner().invoke(cli, [*command, "--catalog", "etcd://u:secret@h:1/shop", "--print-config"])
     assert shown.exit_code == 0
     assert "secret@" not in shown.output
+
+
+async def test_servers_that_hang_keep_nobody_from_reading(etcd_url: str) -> None:
+    fill(etcd_url)
+    environment = {**os.environ, "SHARDLIB_CATALOG": etcd_url, "SHARDLIB_JWT_SECRET": SECRET}
+    silent = socket.create_server(("127.0.0.1", 0), backlog=64)  # takes connections and says nothing
+    headers = {"Authorization": f"Bearer {token('admin')}"}
+    loop = asyncio.get_running_loop()
+    with silent, started(environment) as url:
+        async with httpx.AsyncClient(base_url=f"{url}/api/v1", headers=headers, timeout=60) as client:
+            endpoint = f"postgresql://u@127.0.0.1:{silent.getsockname()[1]}/d"
+            asking = [
+                asyncio.create_task(
+                    client.post("/shards", json={"name": f"new-{number}", "primary_endpoint": f"{endpoint}{number}"})
+                )
+                for number in range(24)
+            ]
+            await asyncio.sleep(1)
+            began = loop.time()
+            ok(await client.get("/shards"))
+            seconds = loop.time() - began
+            assert not any(each.done() for each in asking)
+            assert seconds < 5
+            for answer in await asyncio.gather(*asking):
+                assert ok(answer, 503)["type"] == "urn:shardlib:problem:shard-unavailable"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,6 +65,26 @@ def running(catalog: str, *, die: str | None = None) -> Iterator[tuple[str, subp
         url = process.stdout.readline().strip()
         assert url, f"it ended with {process.wait(20)}"
         yield url, process
+    finally:
+        process.kill()
+        process.communicate(timeout=20)
+
+
+@contextmanager
+def started(environment: dict[str, str]) -> Iterator[str]:
+    """`shardlib-ops manager serve`: the URL that it prints."""
+    command = [sys.executable, "-m", "shardlib_ops.cli.main", "manager", "serve", "--port", "0", "--metrics-port", "-1"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        said = ""
+        while (found := re.search(r"serving on (\S+?)[,;]", said)) is None:
+            line = process.stderr.readline()
+            assert line, f"it did not start: {said}"
+            said += line
+        yield found[1]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
     finally:
         process.kill()
         process.communicate(timeout=20)
