@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -18,6 +18,22 @@ __all__ = ["Dsn"]
 
 _SECRET: Final = ("password", "sslpassword")
 _SCHEMES: Final = ("postgresql", "postgres")
+_REFERENCES: Final = ("env:", "file:", "exec:", "enc:")
+_READ: Final = ("file:", "exec:", "enc:")
+"""What may take a while to read: a file on a network, a program, the file of the keys."""
+
+# What says neither who gets the password nor how it is sent. All else binds an encrypted one, also parameters that
+# libpq gets one day.
+_UNBOUND: Final = frozenset(
+    {
+        "application_name", "client_encoding", "connect_timeout", "fallback_application_name", "keepalives",
+        "keepalives_count", "keepalives_idle", "keepalives_interval", "load_balance_hosts", "options", "password",
+        "sslpassword", "target_session_attrs", "tcp_user_timeout",
+    }
+)  # fmt: skip
+
+# A DSN of the catalog must not make this process send its keys to a server.
+_RESERVED: Final = ("SHARDLIB_SECRET_KEY", "SHARDLIB_SECRET_COMMAND_")
 
 # What is said to who may not come in, by PostgreSQL, libpq and PgBouncer: libpq gives the text of a failed login, not
 # its code. Not "too many connections", which passes.
@@ -33,7 +49,8 @@ class Dsn:
     """The address of one PostgreSQL database: a `postgresql://` URL or a libpq `key=value` string.
 
     The password may be a reference instead of the secret itself, read again at every new connection, so that a
-    rotated one is picked up: ``env:NAME`` (a variable of the process) or ``file:/path`` (first line of a file).
+    rotated one is picked up: ``env:NAME`` (a variable of the process), ``file:/path`` (first line of a file) or
+    ``exec:NAME`` (what a program prints that the process allows). Or it is encrypted for this DSN: ``enc:…``.
 
     Printing it, in any way, shows user, host, port and database only, as far as the DSN gives them: libpq fills in
     the rest. `reveal()` gives the whole string.
@@ -89,6 +106,45 @@ class Dsn:
         """Role name, empty if the DSN leaves it to libpq."""
         return str(self._params.get("user", ""))
 
+    @property
+    def plain_password(self) -> bool:
+        """Whether it holds a password as it is, neither a reference nor encrypted."""
+        password = str(self._params.get("password") or "")
+        return bool(password) and not password.startswith(_REFERENCES)
+
+    @property
+    def encrypted_password(self) -> bool:
+        """Whether it holds an encrypted password."""
+        return str(self._params.get("password") or "").startswith("enc:")
+
+    @property
+    def slow(self) -> bool:
+        """Whether `conninfo` reads a file or runs a program: not for the thread of an event loop."""
+        return str(self._params.get("password") or "").startswith(_READ)
+
+    def bound(self) -> dict[str, str]:
+        """What an encrypted password is bound to: the parameters that say who gets it and how it is sent.
+
+        User, hosts, ports, database, TLS and whatever else is given, as it is written, but for what concerns neither,
+        such as `application_name`. A DSN that moves as a whole, as in a promotion, keeps it.
+        """
+        return {name: str(value) for name, value in self._params.items() if name not in _UNBOUND}
+
+    def with_password(self, password: str | None) -> Dsn:
+        """The same DSN with another password, a reference, an encrypted one, or with none."""
+        params = {name: value for name, value in self._params.items() if name != "password"}
+        if password is not None:
+            params["password"] = password
+        if "://" in self._text and "=" not in self._text.split("://", 1)[0]:
+            scheme, _, rest = self._text.partition("://")
+            login, at, after = rest.rpartition("@")
+            user = login.partition(":")[0]
+            word = "" if password is None else f":{quote(password, safe=':')}"
+            candidate = f"{scheme}://{user}{word}{at}{after}" if at else self._text
+            if _parsed(candidate) == params:
+                return Dsn(candidate)
+        return Dsn(make_conninfo("", **params))
+
     def reveal(self) -> str:
         """The DSN as it was given, secrets included. For storing, never for showing."""
         return self._text
@@ -96,13 +152,24 @@ class Dsn:
     def conninfo(self, **overrides: object) -> str:
         """A libpq connection string with the password resolved and `overrides` added.
 
+        May block, see `slow`.
+
         Raises:
-            InvalidArgument: the password is a reference that leads nowhere (the reference is shown, it is no secret).
+            InvalidArgument: the password is a reference that leads nowhere (the reference is shown, it is no secret),
+                or cannot be decrypted.
         """
         params = {**self._params, **overrides}
         if (password := params.get("password")) is not None:
-            params["password"] = resolve_secret(str(password))
+            params["password"] = resolve_secret(str(password), self.bound())
         return make_conninfo("", **params)
+
+    def refused(self) -> None:
+        """A server refused the password: a program that gave it is asked anew the next time."""
+        password = str(self._params.get("password") or "")
+        if password.startswith("exec:"):
+            from shardlib.secrets.command import forget
+
+            forget(password[5:])
 
     def safe(self) -> str:
         """`postgresql://user@host:port/dbname` without what is not given, and without any secret."""
@@ -134,14 +201,33 @@ def _broken(params: Mapping[str, Any], *, url: bool) -> bool:
     return url and "@" in str(params.get("dbname") or "")
 
 
-def resolve_secret(password: str) -> str:
-    """A password, or what it refers to: ``env:NAME`` or ``file:/path``.
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        return dict(conninfo_to_dict(text))
+    except (ProgrammingError, UnicodeError):
+        return {}
+
+
+def resolve_secret(password: str, bound: Mapping[str, str] | None = None) -> str:
+    """A password, or what it refers to: ``env:NAME``, ``file:/path``, ``exec:NAME``; or what is encrypted: ``enc:…``.
+
+    Args:
+        password: the text.
+        bound: the DSN that an encrypted password is bound to; None where there is none.
 
     Raises:
-        InvalidArgument: the reference leads nowhere; it is shown, since it is no secret.
+        InvalidArgument: the reference leads nowhere; it is shown, since it is no secret. Or it cannot be decrypted.
     """
+    if password.startswith("exec:"):
+        from shardlib.secrets.command import printed_by
+
+        return printed_by(password[5:])
+    if password.startswith("enc:"):
+        return _decrypted(password, bound)
     if password.startswith("env:"):
         name = password[4:]
+        if name.startswith(_RESERVED):
+            raise InvalidArgument("password", password, "what keeps the secrets of this process is no password")
         value = os.environ.get(name)
         if value is None:
             raise InvalidArgument("password", password, f"the environment has no variable {name}")
@@ -149,17 +235,37 @@ def resolve_secret(password: str) -> str:
             raise InvalidArgument("password", password, f"the variable {name} is not UTF-8 text")
         return value
     if password.startswith("file:"):
-        try:
-            content = Path(password[5:]).read_bytes()
-        except (OSError, ValueError):
-            content = b""
-        if not content:
-            raise InvalidArgument("password", password, "the file cannot be read or is empty")
-        text = _utf8(content)
-        if text is None:
-            raise InvalidArgument("password", password, "the file is not UTF-8 text")
-        return text.splitlines()[0]
+        return _first_line(password)
     return password
+
+
+def _first_line(reference: str) -> str:
+    from shardlib.secrets.keys import is_key_file
+
+    path = reference[5:]
+    if is_key_file(path):
+        raise InvalidArgument("password", reference, "what keeps the secrets of this process is no password")
+    try:
+        content = Path(path).read_bytes()
+    except (OSError, ValueError):
+        content = b""
+    if not content:
+        raise InvalidArgument("password", reference, "the file cannot be read or is empty")
+    text = _utf8(content)
+    # A NUL: the environment of a process, in /proc, is one line of such text.
+    if text is None or "\0" in text:
+        raise InvalidArgument("password", reference, "the file is not UTF-8 text")
+    return text.splitlines()[0]
+
+
+def _decrypted(password: str, bound: Mapping[str, str] | None) -> str:
+    from shardlib.secrets.keys import read_keys
+    from shardlib.secrets.sealed import key_id_of, shown, unseal
+
+    if bound is None:
+        raise InvalidArgument("password", shown(password), "only a PostgreSQL DSN can hold an encrypted password")
+    key_id_of(password)
+    return unseal(password, bound, read_keys())
 
 
 def _utf8(content: bytes) -> str | None:

@@ -25,6 +25,7 @@ from shardlib.catalog.etcd_proto import method_path, new, parser
 from shardlib.catalog.store import Deadline
 from shardlib.dsn import resolve_secret
 from shardlib.errors import CatalogUnavailable, InvalidArgument
+from shardlib.secrets.command import CommandFailed
 
 # gRPC writes notes about each fork to stderr unless told otherwise before it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -292,7 +293,8 @@ class Channels:
 
     def _leads_nowhere(self, error: InvalidArgument) -> CatalogUnavailable:
         """For a file or variable that the URL refers to: it may be there again when it is looked at anew."""
-        return CatalogUnavailable(self.safe_url, f"{error.name} {error.value}: {error.allowed}", True)
+        passing = isinstance(error, CommandFailed)
+        return CatalogUnavailable(self.safe_url, f"{error.name} {error.value}: {error.allowed}", not passing)
 
     def _forget_token(self) -> None:
         with self._token_lock:

@@ -19,6 +19,7 @@ from psycopg.conninfo import conninfo_to_dict
 from shardlib.catalog.store import Deadline
 from shardlib.dsn import Dsn, hopeless, said_once, scrub
 from shardlib.errors import CatalogUnavailable, InvalidArgument
+from shardlib.secrets.command import CommandFailed
 
 __all__ = ["Door", "Link"]
 
@@ -143,7 +144,9 @@ class Door:
             self._resolved = self._dsn.conninfo(**options)
             return Link.opened(self._resolved, deadline)
         except InvalidArgument as error:
-            raise CatalogUnavailable(self.safe_url, f"password {error.value}: {error.allowed}", True) from None
+            passing = isinstance(error, CommandFailed)
+            reason = f"password {error.value}: {error.allowed}"
+            raise CatalogUnavailable(self.safe_url, reason, not passing) from None
         except psycopg.Error as error:
             raise self.unavailable(error) from None
 

@@ -8,10 +8,13 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from shardlib.dsn import Dsn, hopeless, said_once, scrub
+from shardlib.errors import ShardUnavailable
 from shardlib.fence.verdict import lost_connection
+from shardlib.secrets.command import CommandFailed
 from shardlib.shard.options import PoolOptions
+from shardlib.waits import Waits
 
-__all__ = ["conninfo_of", "explain", "hopeless", "jittered_lifetime_s", "lost"]
+__all__ = ["conninfo_in", "conninfo_of", "explain", "hopeless", "jittered_lifetime_s", "lost"]
 
 # What a server says while it starts, stops or recovers (57P03); libpq gives the text of a failed login, not
 # its code.
@@ -47,6 +50,26 @@ def conninfo_of(dsn: Dsn, options: PoolOptions) -> str:
         ours = f"-c idle_in_transaction_session_timeout={round(options.idle_in_transaction_timeout_s * 1000)}"
         params["options"] = f"{ours} {own.get('options') or ''}".rstrip()
     return make_conninfo("", **params)
+
+
+def conninfo_in(waits: Waits, dsn: Dsn, options: PoolOptions, name: str) -> str:
+    """`conninfo_of` without blocking an event loop.
+
+    Args:
+        waits: of the engine.
+        dsn: the endpoint.
+        options: of its pool.
+        name: what errors call the shard.
+
+    Raises:
+        InvalidArgument: as `conninfo_of`.
+        ShardUnavailable: a program that prints the password failed, and may not the next time.
+    """
+    try:
+        return waits.call(conninfo_of, dsn, options) if dsn.slow else conninfo_of(dsn, options)
+    except CommandFailed as error:
+        reason = f"no password for {dsn.safe()}: {error.value}: {error.allowed}"
+    raise ShardUnavailable(name, reason)
 
 
 def explain(error: BaseException, dsn: Dsn, conninfo: str = "") -> tuple[str, bool]:

@@ -17,7 +17,7 @@ from shardlib.errors import PoolTimeout, ShardUnavailable
 from shardlib.shard.accounts import Claim, Member, Ticket
 from shardlib.shard.breaker import Breaker
 from shardlib.shard.budget import Section
-from shardlib.shard.connect import conninfo_of, explain, hopeless, jittered_lifetime_s, lost
+from shardlib.shard.connect import conninfo_in, explain, hopeless, jittered_lifetime_s, lost
 from shardlib.shard.context import PoolContext, PoolStats
 from shardlib.shard.entry import PoolEntry
 from shardlib.shard.options import Role
@@ -241,7 +241,7 @@ class ShardPool(Pool):
         entry = cast("PoolEntry", connection_record)
         member, context = self.member, self.context
         dsn, epoch = self._latest()
-        conninfo = conninfo_of(dsn, context.options)
+        conninfo = conninfo_in(context.waits, dsn, context.options, self.name)
         jitter = context.random.uniform(0.5, 1.0)
         connection = None
         try:
@@ -251,6 +251,8 @@ class ShardPool(Pool):
             except Exception as error:
                 (reason, down), final = explain(error, dsn, conninfo), hopeless(error)
                 let_go(error)
+                if final:
+                    dsn.refused()
                 self._budget.end_attempt(member, reason if down else None, jitter)
                 if not isinstance(error, psycopg.Error | OSError):
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ from psycopg import errors as pg
 
 from shardlib.dsn import Dsn, scrub
 from shardlib.errors import ShardUnavailable
+from shardlib.secrets.command import CommandFailed
 
 __all__ = ["SETTINGS", "Runner", "connect", "connect_blocking", "is_lost", "is_passing", "is_superseded"]
 
@@ -89,7 +91,14 @@ async def connect(
     if replication:
         more["replication"] = "database"
     try:
-        connection = await AsyncConnection.connect(_conninfo(dsn, application, timeout_s, more), autocommit=True)
+        conninfo = (
+            await asyncio.to_thread(_conninfo, dsn, application, timeout_s, more)
+            if dsn.slow
+            else (_conninfo(dsn, application, timeout_s, more))
+        )
+        connection = await AsyncConnection.connect(conninfo, autocommit=True)
+    except CommandFailed as error:
+        raise ShardUnavailable(shard, f"no password for {dsn.safe()}: {error.value}: {error.allowed}") from None
     except psycopg.Error as error:
         raise ShardUnavailable(shard, scrub(str(error).strip(), dsn.reveal())) from None
     try:
@@ -111,6 +120,8 @@ def connect_blocking(
     """
     try:
         connection = psycopg.connect(_conninfo(dsn, application, timeout_s, more), autocommit=True)
+    except CommandFailed as error:
+        raise ShardUnavailable(shard, f"no password for {dsn.safe()}: {error.value}: {error.allowed}") from None
     except psycopg.Error as error:
         raise ShardUnavailable(shard, scrub(str(error).strip(), dsn.reveal())) from None
     if connection.info.server_version >= _TRANSACTION_TIMEOUT_SINCE:

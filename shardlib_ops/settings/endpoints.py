@@ -130,7 +130,8 @@ def _postgresql(text: str, settings: EndpointSettings) -> tuple[list[str], list[
     if unknown := sorted(set(given) - set(settings.parameters)):
         raise _refused(hosts[0], f"the parameter {', '.join(unknown)} is not allowed (endpoints.parameters)")
     password = str(given.get("password") or "")
-    if password.startswith(("env:", "file:")) and not _referable(password, settings):
+    # An encrypted one is of use for this very DSN only.
+    if password.startswith(("env:", "file:", "exec:")) and not _referable(password, settings):
         raise _refused(hosts[0], "its password is a reference that is not allowed (endpoints.references)")
     # libpq connects to these, whatever the hosts are.
     addresses = [(each, _address(each)) for each in str(given.get("hostaddr") or "").split(",") if each]
