@@ -4,43 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import secrets
 import subprocess
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import Final, Self
 
 from shardlib.errors import InvalidArgument, ShardUnavailable, UnsupportedOperation
 from shardlib_ops.local import places, plan, registry, watchdog
 from shardlib_ops.local.binaries import find_etcd, find_postgres
 from shardlib_ops.local.etcd import LocalEtcd
-from shardlib_ops.local.named import Named, named_servers, read_topology
-from shardlib_ops.local.passwords import write_passwords
+from shardlib_ops.local.growth import Growth
 from shardlib_ops.local.plan import Options, Plan
-from shardlib_ops.local.ports import PortKeeper
-from shardlib_ops.local.postgres import LocalServer, ServerSpec
+from shardlib_ops.local.postgres import LocalServer
 from shardlib_ops.local.process import account, wait_until
-
-if TYPE_CHECKING:
-    from shardlib_ops.manager.promote import Demoted
 
 __all__ = ["LocalCluster"]
 
-_log: Final = logging.getLogger("shardlib.local")
 _SOCKET_PATH_MAX: Final = 90
 _WORKERS_MAX: Final = 8
-_LETTERS: Final = "bcdefghijklmnopqrstuvwxyz"
-"""A shard's first server has the `a`."""
 
 
-class LocalCluster:
+class LocalCluster(Growth):
     """Real PostgreSQL and etcd servers on free ports of 127.0.0.1, with a first topology in the catalog.
 
     ::
@@ -92,99 +82,23 @@ class LocalCluster:
         bootstrap: bool = True,
         timeout_s: float = 30.0,
     ) -> None:
-        self._options = Options(
+        options = Options(
             shards, replicas, synchronous, etcd_members, hash_function, vnode_count, catalog_name, durable,
             dict(settings or {}),
         )  # fmt: skip
         if timeout_s <= 0:
             raise InvalidArgument("timeout_s", timeout_s, "seconds, more than 0")
-        self._bootstrap, self._timeout_s = bootstrap, timeout_s
-        self._account = account()
-        self._postgres = find_postgres(pg_bin, self._account)
+        owner = account()
+        super().__init__(options, find_postgres(pg_bin, owner), owner, timeout_s)
+        self._bootstrap = bootstrap
         self._etcd_program = find_etcd(etcd_program)
         self._wanted = None if directory is None else Path(directory).absolute()
-        self._lock = threading.RLock()
-        self._reset()
 
     def _reset(self) -> None:
-        self._ports = PortKeeper()
-        self._plan: Plan | None = None
+        super()._reset()
         self._entry: Path | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._owner = 0
-        self._directory = self._sockets = Path()
-        self._servers: list[LocalServer] = []
-        self._spares: list[LocalServer] = []
-        self._etcd: list[LocalEtcd] = []
-
-    @property
-    def running(self) -> bool:
-        """Whether it was started and not stopped."""
-        return self._plan is not None
-
-    @property
-    def url(self) -> str:
-        """URL of the catalog, for `ShardedEngine`."""
-        return self._started().url
-
-    @property
-    def servers(self) -> tuple[LocalServer, ...]:
-        """The servers of the shards, in the order of the shards, the one that began as primary first."""
-        return tuple(self._servers)
-
-    @property
-    def spares(self) -> tuple[LocalServer, ...]:
-        """The servers made by `spare`, and the replicas that were added to shards made of them."""
-        return tuple(self._spares)
-
-    @property
-    def etcd(self) -> tuple[LocalEtcd, ...]:
-        """The members of the catalog."""
-        return tuple(self._etcd)
-
-    @property
-    def sockets(self) -> Path:
-        """Folder of the Unix sockets."""
-        self._started()
-        return self._sockets
-
-    @property
-    def directory(self) -> Path:
-        """Folder of the servers' data and logs."""
-        self._started()
-        return self._directory
-
-    def server(self, name: str) -> LocalServer:
-        """A server, spares included, by its name.
-
-        Raises:
-            InvalidArgument: there is none of that name.
-        """
-        everyone = self._everyone
-        for server in everyone:
-            if server.name == name:
-                return server
-        raise InvalidArgument("name", name, f"the servers are: {', '.join(server.name for server in everyone)}")
-
-    @property
-    def _everyone(self) -> tuple[LocalServer, ...]:
-        return (*self._servers, *self._spares)
-
-    def primary(self, shard: str) -> LocalServer:
-        """The server of a shard that is its primary now (by its data folder; it may be down).
-
-        Raises:
-            InvalidArgument: there is no such shard, or none of its servers is a primary.
-        """
-        for server in self._servers:
-            if server.shard == shard and server.role == "primary":
-                return server
-        known = ", ".join(dict.fromkeys(str(server.shard) for server in self._servers))
-        raise InvalidArgument("shard", shard, f"a shard with a primary; the shards are: {known}")
-
-    def replicas(self, shard: str) -> tuple[LocalServer, ...]:
-        """The servers of a shard that are replicas now."""
-        return tuple(server for server in self._servers if server.shard == shard and server.role == "replica")
 
     def __repr__(self) -> str:
         state = f"at {self.url}" if self.running else "down"
@@ -217,132 +131,6 @@ class LocalCluster:
             if self.running and self._owner == os.getpid():
                 self._end()
 
-    def spare(self, name: str) -> LocalServer:
-        """One more empty PostgreSQL that no shard uses yet, running; asked for again, the same one.
-
-        Args:
-            name: letters, digits and `-`, unlike the name of any other server.
-
-        Raises:
-            InvalidArgument: the name is taken or not allowed.
-            ShardUnavailable: it did not start.
-        """
-        with self._lock:
-            current = self._started()
-            for server in self._spares:
-                if server.name == name:
-                    server.start()
-                    return server
-            self._refuse_taken(name)
-            spec = plan.server_spec(name, None, self._ports.take(), self._options)
-            server = self._server(spec)
-            server.create()
-            self._spares.append(server)
-            self._remember(replace(current, spares=(*current.spares, spec)))
-            server.start()
-            return server
-
-    def add_replica(self, shard: str, name: str | None = None) -> LocalServer:
-        """One more replica of a shard, running. It is not in the catalog until `Manager.add_replica` puts it there.
-
-        Args:
-            shard: name or id of a shard of the catalog whose primary is a server of this cluster.
-            name: letters, digits and `-`, unlike the name of any other server; None for the shard's, and a letter.
-
-        Raises:
-            InvalidArgument: the name is taken or not allowed, or the shard's primary is another server.
-            InvalidTopology: there is no such shard.
-            ShardUnavailable: it did not start.
-        """
-        with self._lock:
-            current = self._started()
-            primary = self._primary_by_catalog(shard)
-            if name is None:
-                base, taken = primary.shard or primary.name, {server.name for server in self._everyone}
-                name = next((one for one in (f"{base}-{letter}" for letter in _LETTERS) if one not in taken), "")
-            self._refuse_taken(name)
-            source = primary.spec
-            spec = plan.server_spec(
-                name, source.shard, self._ports.take(), self._options, password=source.password, upstream=source.port
-            )
-            server = self._server(spec)
-            try:
-                server.create_from(primary)
-                server.start()
-            except BaseException:
-                server.discard(primary)
-                raise
-            if source.shard is None:
-                self._spares.append(server)
-                self._remember(replace(current, spares=(*current.spares, spec)))
-            else:
-                self._servers.append(server)
-                self._remember(replace(current, servers=(*current.servers, spec)))
-            return server
-
-    def rejoin_server(self, name: str, shard: str | None = None) -> LocalServer:
-        """Make a server that no shard uses now, such as an old primary, a replica of a shard: what it holds is gone.
-
-        One that is such a replica already is started, if it is down. It is not in the catalog until
-        `Manager.add_replica` puts it there.
-
-        Args:
-            name: the server.
-            shard: name or id of the shard; None for that which it was made for.
-
-        Raises:
-            InvalidArgument: there is no such server, it is in use by the catalog, or it was made for no shard.
-            InvalidTopology: there is no such shard.
-            ShardUnavailable: it did not start.
-        """
-        with self._lock:
-            server = self.server(name)
-            topology = read_topology(self.url)
-            if (used := named_servers(topology).get(server.port)) is not None:
-                if used == Named(topology.shard(shard or used.shard).name, "replica"):
-                    server.start()
-                    return server
-                way_out = "promote a replica first" if used.role == "primary" else "`remove_replica` first"
-                raise InvalidArgument("name", name, f"it is the {used.role} of shard {used.shard!r}: {way_out}")
-            if (wanted := shard or server.shard) is None:
-                raise InvalidArgument("name", name, "it was made for no shard: name the one that it is to follow")
-            self._follow(server, self._primary_by_catalog(wanted))
-            return server
-
-    async def rejoin(self, demoted: Demoted) -> None:
-        """Make an old primary a replica of the new one: for `Manager.promote_replica(..., rejoin=cluster.rejoin)`.
-
-        Raises:
-            InvalidArgument: they are no servers of this cluster.
-            ShardUnavailable: it did not start.
-        """
-        servers = {server.port: server for server in self._everyone}
-        try:
-            old, new = servers[int(demoted.old.port)], servers[int(demoted.new.port)]
-        except KeyError:
-            raise InvalidArgument("demoted", demoted, "servers of this cluster") from None
-        await asyncio.to_thread(self._follow, old, new)
-
-    def _follow(self, old: LocalServer, new: LocalServer) -> None:
-        old.follow(new)
-        with self._lock:
-            self._remember(self._started().changed(old.spec))
-
-    def _primary_by_catalog(self, shard: str) -> LocalServer:
-        """The server of this cluster that the catalog names as the primary of a shard."""
-        topology = read_topology(self.url)
-        found, named = topology.shard(shard), named_servers(topology)
-        for server in self._everyone:
-            if named.get(server.port) == Named(found.name, "primary"):
-                return server
-        raise InvalidArgument("shard", found.name, f"its primary {found.primary} is no server of this cluster")
-
-    def _refuse_taken(self, name: str) -> None:
-        letters = name.replace("-", "")
-        # The folder holds more than servers.
-        if not (letters.isascii() and letters.isalnum()) or (self._directory / name).exists():
-            raise InvalidArgument("name", name, "letters, digits and -, and no other server's name")
-
     def __enter__(self) -> Self:
         return self.start()
 
@@ -366,11 +154,6 @@ class LocalCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.shield(asyncio.to_thread(self.stop))
-
-    def _started(self) -> Plan:
-        if self._plan is None:
-            raise UnsupportedOperation("the local cluster is not running", "use it inside `with`, or call start()")
-        return self._plan
 
     def _prepare(self) -> None:
         """Folder, register, watchdog, ports: everything but processes."""
@@ -447,10 +230,6 @@ class LocalCluster:
                 raise UnsupportedOperation(f"port {port} of the cluster in {self._directory} is in use", "free it")
         return found
 
-    def _server(self, spec: ServerSpec) -> LocalServer:
-        home = self._directory / spec.name
-        return LocalServer(spec, self._postgres, home, self._sockets, self._account, self._timeout_s)
-
     def _start_servers(self) -> None:
         current = self._started()
         self._servers = [self._server(spec) for spec in current.servers]
@@ -516,11 +295,6 @@ class LocalCluster:
         finally:
             catalog.close()
         self._remember(replace(current, ready=True))
-
-    def _remember(self, changed: Plan) -> None:
-        self._plan = changed
-        write_passwords(self._directory, changed.all_servers)
-        plan.save(changed, self._directory)
 
     def _end(self) -> None:
         """Everything down, also after half a start; an error of one server does not leave the others up."""

@@ -76,7 +76,7 @@ class Plan:
         postgres: version of the programs that made the data folders.
         servers: those of the shards, each primary before its replicas.
         etcd: the members of the catalog.
-        spares: empty servers that no shard used when they were made.
+        spares: servers that were empty when they were made, and the replicas of shards made of them.
         ready: whether the first topology was published.
     """
 

@@ -58,7 +58,7 @@ class ServerSpec:
         shard: name of the shard it serves, None for a spare.
         port: TCP port on 127.0.0.1, also the number of its Unix socket.
         password: of the superuser; never shown.
-        upstream: name and port of the primary it was copied from, None for a primary.
+        upstream: port of the primary that it was copied from, None for a primary.
         settings: server settings beyond the usual.
     """
 
