@@ -9,10 +9,11 @@ from shardlib.topology import Topology
 from shardlib_ops.reshard.connect import Runner
 from shardlib_ops.reshard.job import Job, Status, Wish
 from shardlib_ops.reshard.side import ShardSide
+from shardlib_ops.reshard.world import Blocked, Lost
 
 __all__ = ["end_without", "gone"]
 
-_WHY: Final = "taken out of the cluster as the job was made; nothing has moved"
+_WHY: Final = "was taken out of the cluster as the job was made; nothing has moved"
 
 
 def gone(job: Job, topology: Topology) -> list[str]:
@@ -26,7 +27,7 @@ def gone(job: Job, topology: Topology) -> list[str]:
 
 
 async def end_without(job: Job, topology: Topology, lease: Lease, wish: Wish) -> Job:
-    """The record of a pending job of which shards are gone, as it is to be stored; the others hold nothing of it.
+    """A pending job of which shards are gone is ended: what its other shards hold of it is removed.
 
     Args:
         job: as it is stored.
@@ -34,32 +35,39 @@ async def end_without(job: Job, topology: Topology, lease: Lease, wish: Wish) ->
         lease: the job's.
         wish: what the operator asked.
 
+    Returns:
+        its record, to be stored: it is over; or says why not yet, to be tried again.
+
     Raises:
-        Lost, Blocked: a shard does not answer, or is in the way; to be tried again.
         Superseded: another runner has the job.
     """
-    lost = gone(job, topology)
-    tables = tuple(table for table in topology.tables if not table.reference)
-    for shard_id in job.shards:
-        if shard_id in lost:
-            continue
-        side = ShardSide(
-            job,
-            Runner.of_lease(job.id, lease.token),
-            topology.shard_by_id(shard_id),
-            tables,
-            hash_function=topology.hash_function,
-            cluster_id=topology.cluster_id,
-            waits=_untold,
-        )
-        try:
-            await side.claim()
-            await side.retire()
-        finally:
-            await side.close()
-    outcome = Status.CANCELLED if wish is Wish.CANCEL else Status.FAILED
-    ended = job.to(Status.CLEANUP, outcome=outcome).to(outcome)
-    return ended.changed(error=None if outcome is Status.CANCELLED else f"shard {', '.join(lost)} was {_WHY}")
+    why = f"shard {', '.join(gone(job, topology))} {_WHY}"
+    try:
+        for shard_id in job.shards:
+            if any(shard.id == shard_id for shard in topology.shards):
+                await _forget(job, topology, shard_id, Runner.of_lease(job.id, lease.token))
+    except (Lost, Blocked, TimeoutError) as error:
+        return job.changed(error=f"{why}; what it has made is removed, which waits: {error or 'a step took too long'}")
+    if wish is Wish.CANCEL:
+        return job.to(Status.CLEANUP, outcome=Status.CANCELLED).to(Status.CANCELLED, error=None)
+    return job.to(Status.CLEANUP, outcome=Status.FAILED).to(Status.FAILED, error=why)
+
+
+async def _forget(job: Job, topology: Topology, shard_id: str, runner: Runner) -> None:
+    side = ShardSide(
+        job,
+        runner,
+        topology.shard_by_id(shard_id),
+        [table for table in topology.tables if not table.reference],
+        hash_function=topology.hash_function,
+        cluster_id=topology.cluster_id,
+        waits=_untold,
+    )
+    try:
+        await side.claim()
+        await side.retire()
+    finally:
+        await side.close()
 
 
 async def _untold(what: str | None) -> None:

@@ -23,7 +23,7 @@ from shardlib_ops.reshard.runner import JobRunner
 from shardlib_ops.reshard.servers import Servers
 from shardlib_ops.reshard.store import JobStore
 from shardlib_ops.reshard.stream import MAX_SLOT_WAL
-from shardlib_ops.reshard.world import Blocked, Lost, Superseded
+from shardlib_ops.reshard.world import Lost, Superseded
 
 __all__ = ["Resharder"]
 
@@ -194,7 +194,7 @@ class Resharder:
                     return await self._drive(job_id, lease, complete=complete, stay=stay)
                 finally:
                     await asyncio.to_thread(lease.release)
-            except (CatalogUnavailable, Superseded, Lost, Blocked) as error:
+            except (CatalogUnavailable, Superseded, Lost) as error:
                 _log.warning("job %d: %s", job_id, error)
                 pause_s = _BACK_OFF_S[min(failures, len(_BACK_OFF_S) - 1)]
                 failures += 1
@@ -204,7 +204,7 @@ class Resharder:
         store = JobStore(self._catalog)
         try:
             return await self._drive_held(job_id, store, lease, complete=complete, stay=stay)
-        except (CatalogUnavailable, Superseded, Lost, Blocked):
+        except (CatalogUnavailable, Superseded, Lost):
             raise
         except Exception as error:
             if stay:  # else the caller hears of it
@@ -217,6 +217,8 @@ class Resharder:
         if job.status is Status.PENDING and gone(job, topology):
             ended = await end_without(job, topology, lease, await asyncio.to_thread(store.wish, job_id))
             await asyncio.to_thread(store.save, ended, lease)
+            if not ended.status.over:
+                raise Lost(ended.error)
             _say_rests(ended)
             return ended
         world = Servers(
