@@ -134,7 +134,7 @@ def _looks(router: APIRouter, services: Services) -> None:
         jobs = [job for job in await services.cluster.manager.list_jobs() if status is None or job.status in status]
         shown, following = page(jobs, [job.id for job in jobs], limit, cursor)
         topology = await services.cluster.manager.topology()
-        items = [await services.cluster.job(job, topology) for job in shown]
+        items = await asyncio.gather(*(services.cluster.job(job, topology) for job in shown))
         return json_answer(JobPage(items=items, next_cursor=following), if_none_match)
 
     @router.get(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,7 +21,7 @@ from shardlib_ops.manager.manager import Manager
 from shardlib_ops.reshard.job import Status
 from shardlib_ops.serving.problem import Problem
 from tests.support.eventually import eventually_async
-from tests.support.manager_runner import running
+from tests.support.manager_runner import PAUSED, running
 from tests.support.managers import Api, audit_entries, fill, serving, token
 
 SHARDS = "/api/v1/shards"
@@ -150,6 +152,31 @@ async def test_s07_21_a_shard_is_made_once_though_its_manager_is_killed(
     # The intent of the killed manager stays without an outcome: nobody could say what became of it.
     kinds = [entry.kind for entry in api.entries() if entry.target == name]
     assert kinds[:3] == ["intent", "intent", "outcome"]
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+async def test_s07_21_a_manager_that_was_paused_and_wakes_up_does_it_no_second_time(
+    api: Api, cluster: LocalCluster
+) -> None:
+    name, body = fresh(cluster)
+    key = f"paused-{uuid.uuid4().hex}"
+    with running(cluster.url, die=PAUSED) as (url, process):
+        headers = {"Authorization": f"Bearer {token('admin', 'the-caller')}", "Idempotency-Key": key}
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=90) as client:
+            first = asyncio.create_task(client.post(SHARDS, json=body))
+            await eventually_async(lambda: asyncio.to_thread(is_stopped, process.pid), 60)
+            answer = await repeated(api, SHARDS, body, key)
+            assert answer.status_code == 201, answer.text
+            process.send_signal(signal.SIGCONT)
+            late = await first
+            assert late.status_code in (201, 422), late.text
+            # What it found is not kept instead of what was answered.
+            again = await client.post(SHARDS, json=body)
+            assert (again.status_code, again.content) == (201, answer.content)
+    assert (await names(api)).count(name) == 1
 
 
 @pytest.mark.parametrize("die", ["before the effect", "between shard and job", "after the effect"])

@@ -26,6 +26,7 @@ from shardlib_ops.settings import ServerSettings
 from tests.support.managers import manager_settings
 
 LEASE_S = 2.0
+PAUSED = "paused before the effect"
 MOMENTS = {
     "before the effect": (Manager, ("create_shard", "split", "pause", "promote_replica")),
     "between shard and job": (JobStore, ("create",)),
@@ -41,7 +42,15 @@ def killed(*_: Any, **__: Any) -> Any:
 async def main(catalog: str, die: str | None) -> None:
     defaults: Any = IdempotencyKeys.__init__.__kwdefaults__
     defaults["lease_s"] = LEASE_S
-    if die is not None:
+    if die == PAUSED:
+        create = Manager.create_shard
+
+        async def woken(*given: Any, **named: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return await create(*given, **named)
+
+        setattr(Manager, "create_shard", woken)  # noqa: B010 - as the others
+    elif die is not None:
         place, names = MOMENTS[die]
         for name in names:
             setattr(place, name, killed)
