@@ -61,7 +61,8 @@ class Steering(Base):
     async def cancel(self, job_id: int) -> Job:
         """Undo a job that has not switched: what was copied is deleted from the targets, whose tables stay.
 
-        Whatever is under way ends within seconds, at the servers too.
+        Whatever is under way ends within seconds, at the servers too. If the switch is faster, the job says so in
+        `validation`, where it waits for `rollback` or `complete`, and is not completed by its retention.
 
         Raises:
             InvalidTopology: no such job, it is over, or it has switched.

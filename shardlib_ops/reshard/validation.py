@@ -22,6 +22,7 @@ __all__ = ["Validation", "replaced_shards"]
 
 _LOOK_S: Final = 0.25
 _SWEEP_S: Final = 5.0
+_TOO_LATE: Final = "it had switched before it could be cancelled: `rollback` takes it back, `complete` ends it"
 
 
 def replaced_shards(job: Job, servers: Mapping[str, str]) -> list[str]:
@@ -84,6 +85,10 @@ class Validation:
         async with self._world.running(list(flows.values())), self._checking_foreign_keys() as checking:
             while True:
                 wish = await self._held.heed()
+                if wish is Wish.CANCEL:
+                    await self._held.note(_TOO_LATE)
+                elif self._held.job.error == _TOO_LATE:
+                    await self._held.note(None)
                 if wish is Wish.ROLLBACK:
                     await sweep(self._world, self._held.job.targets, budget_s=_SWEEP_S)
                     if await self._attempts.until_switched("reverse", flows):
@@ -127,8 +132,8 @@ class Validation:
         return await self._held.obeying(partial(self._world.validate_foreign_keys, leg))
 
     def _may_complete(self, wish: Wish) -> bool:
-        if wish in (Wish.PAUSE, Wish.ROLLBACK):
-            return False  # the old copies are kept for it, however long that takes
+        if wish in (Wish.PAUSE, Wish.ROLLBACK, Wish.CANCEL):
+            return False  # the old copies are kept for it, however long that takes; or until the operator decides anew
         return wish is Wish.COMPLETE or self._complete or self._kept_long_enough()
 
     def _kept_long_enough(self) -> bool:

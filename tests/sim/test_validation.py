@@ -134,3 +134,24 @@ def test_a_rollback_that_has_not_happened_can_be_withdrawn(instead: Wish) -> Non
     assert result.status is Status.COMPLETED
     assert sim.catalog.job.attempts > 2
     assert sim.catalog.job.error is None
+
+
+@pytest.mark.parametrize("then", [Wish.ROLLBACK, Wish.COMPLETE, Wish.RUN])
+def test_a_job_that_was_cancelled_too_late_keeps_the_old_copies_and_says_so(then: Wish) -> None:
+    """The operator was told that it is cancelled: it does not delete what there is to go back to by itself."""
+    told: list[str | None] = []
+
+    def later(sim: Simulation, _: Process) -> None:
+        def decide() -> None:
+            told.append(sim.catalog.job.error)
+            sim.catalog.ask(then)
+
+        sim.loop.call_later(10.0, decide)
+
+    at_step: dict[tuple[str, int], Strike] = {("drained", 1): _asks(Wish.CANCEL), ("status_validation", 1): later}
+    result = (sim := _simulation(Faults(stay=True, at_step=at_step, heal_s=60.0), 0.0)).run()
+    assert result.violations == []
+    assert result.status is (Status.ROLLED_BACK if then is Wish.ROLLBACK else Status.COMPLETED)
+    assert _window_s(sim) >= 10.0 or then is Wish.ROLLBACK
+    assert told == ["it had switched before it could be cancelled: `rollback` takes it back, `complete` ends it"]
+    assert sim.catalog.job.error is None
