@@ -452,6 +452,42 @@ async def test_foreign_writers_are_found_and_users_of_gates_are_not(make: Make) 
             assert await foreign_writers(side.conn, side.shapes) == ()
 
 
+async def test_who_prepares_after_the_guard_stood_is_not_waited_for(make: Make) -> None:
+    """Else two-phase commits that follow one another, of keys that stay, would keep a job from switching."""
+    ddl, table = plain("prepared_later")
+    async with make(ddl, table) as side:
+        insert = "INSERT INTO prepared_later VALUES (%s, %s)"
+        key = side.some(False, 1)[0]
+        async with side.client() as old, side.client() as late, side.client() as touching:
+            await old.execute("BEGIN")
+            await old.execute(insert, (key, 1))
+            first = await foreign_writers(side.conn, side.shapes)
+            await late.execute("BEGIN")
+            await late.execute(insert, (key, 2))
+            await late.execute("SAVEPOINT s")
+            await late.execute(insert, (key, 3))
+            await late.execute("PREPARE TRANSACTION 'late'")
+            await old.execute("SAVEPOINT s")
+            await old.execute(insert, (key, 4))
+            await old.execute("PREPARE TRANSACTION 'old'")
+            now = await foreign_writers(side.conn, side.shapes)
+            assert {writer.gid for writer in now} == {"late", "old"}
+            assert [writer.gid for writer in lasting(first, now)] == ["old"]
+            await side.conn.execute("ROLLBACK PREPARED 'old'")
+            assert lasting(first, await foreign_writers(side.conn, side.shapes)) == ()
+            # Who had the lock and no number yet may have been any of those that are prepared now.
+            await touching.execute("BEGIN")
+            await touching.execute("DELETE FROM prepared_later WHERE id = 99")
+            first = await foreign_writers(side.conn, side.shapes)
+            assert {writer.gid for writer in first} == {None, "late"}
+            await touching.execute(insert, (key, 5))
+            await touching.execute("PREPARE TRANSACTION 'touching'")
+            now = await foreign_writers(side.conn, side.shapes)
+            assert {writer.gid for writer in lasting(first, now)} == {"late", "touching"}
+            for gid in ("late", "touching"):
+                await side.conn.execute(f"ROLLBACK PREPARED '{gid}'")
+
+
 async def test_installing_gives_way_to_writers_and_names_them(make: Make) -> None:
     ddl, table = plain("busy")
     async with make(ddl, table) as side, side.client(application_name="slow report") as client, side.client() as more:

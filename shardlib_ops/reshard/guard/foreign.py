@@ -27,6 +27,8 @@ class ForeignWriter:
         table: one of the tables, `schema.name`.
         transaction: its virtual transaction, which no other of this server has. PREPARE TRANSACTION changes it.
         gated: whether it holds a gate.
+        numbers: its number, which PREPARE TRANSACTION leaves as it is, and those of its savepoints; empty while it has
+            none.
     """
 
     pid: int | None
@@ -38,6 +40,7 @@ class ForeignWriter:
     table: str
     transaction: str
     gated: bool = False
+    numbers: Sequence[str] = ()
 
     def __str__(self) -> str:
         way = "" if self.gated else " without a gate"
@@ -74,15 +77,24 @@ async def foreign_writers(
 def lasting(first: Sequence[ForeignWriter], now: Sequence[ForeignWriter]) -> tuple[ForeignWriter, ...]:
     """Those of `now` that may have written before the guard stood: foreign traffic that goes on is not waited for.
 
-    Who has come since the first look has found the guard active. A prepared one counts always: it may have been one of
-    the first under another name.
+    Who has come since the first look has found the guard active. A prepared one is told by its number, as it may have
+    been one of the first under another name. If one of those had no number yet, every prepared one may be it.
 
     Args:
         first: what the first look found after `activate_guard` had returned.
         now: what a later look found.
     """
     known = {writer.transaction for writer in first}
-    return tuple(writer for writer in now if writer.gid is not None or writer.transaction in known)
+    numbers = {number for writer in first for number in writer.numbers}
+    unnumbered = any(not writer.numbers for writer in first)
+
+    def may_be_first(writer: ForeignWriter) -> bool:
+        if writer.transaction in known:
+            return True
+        prepared = writer.gid is not None or writer.pid is None
+        return prepared and (unnumbered or not numbers.isdisjoint(writer.numbers))
+
+    return tuple(writer for writer in now if may_be_first(writer))
 
 
 # A prepared transaction's locks have no pid; it is found by the lock on its own number.
@@ -110,7 +122,11 @@ _WRITERS: Final = r"""
            CASE WHEN p.gid IS NULL THEN coalesce(a.state, 'unknown') ELSE 'prepared' END,
            coalesce(extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared)), 0)::float8,
            n.nspname || '.' || c.relname, w.virtualtransaction,
-           g.virtualtransaction IS NOT NULL
+           g.virtualtransaction IS NOT NULL,
+           -- Not from pg_stat_activity, which is read later: the process may be at its next transaction then.
+           ARRAY (SELECT o.transactionid::text FROM locks o WHERE o.locktype = 'transactionid'
+                     AND o.mode = 'ExclusiveLock' AND o.virtualtransaction = w.virtualtransaction
+                     AND o.pid IS NOT DISTINCT FROM w.pid)
       FROM writers w
       JOIN pg_class c ON c.oid = w.relation
       JOIN pg_namespace n ON n.oid = c.relnamespace
