@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
+
+from shardlib_ops.cli import completing
 
 if TYPE_CHECKING:
     from shardlib_ops.manager.manager import Target
 
-__all__ = ["AsJson", "CatalogUrl", "JobNumber", "ShardName", "Yes", "agreed", "lasting", "named", "shard", "targets"]
+__all__ = [
+    "REFERENCE", "AsJson", "CatalogUrl", "JobNumber", "ShardName", "Yes", "agreed", "lasting", "named", "shard",
+    "targets",
+]  # fmt: skip
+
+REFERENCE: Final = "A password in it can be a reference, env:NAME or file:/path."
+"""What the help says of everything that can hold one, since other users of the machine see what is typed."""
 
 CatalogUrl = Annotated[
     str,
-    typer.Option(envvar="SHARDLIB_CATALOG", help="URL of the catalog: etcd://... or postgresql://...?catalog=NAME."),
+    typer.Option(
+        envvar="SHARDLIB_CATALOG",
+        help=f"URL of the catalog: etcd://... or postgresql://...?catalog=NAME. {REFERENCE}",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-ShardName = Annotated[str, typer.Argument(metavar="SHARD", help="Name or id of a shard.")]
-JobNumber = Annotated[int, typer.Argument(metavar="JOB", min=1, help="Number of a job.")]
+ShardName = Annotated[
+    str, typer.Argument(metavar="SHARD", help="Name or id of a shard.", autocompletion=completing.shards)
+]
+JobNumber = Annotated[
+    int, typer.Argument(metavar="JOB", min=1, help="Number of a job.", autocompletion=completing.jobs)
+]
 
 # What may be shown of `NAME=DSN`: without a name, what stands before the first `=` can hold a password.
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,80}")

@@ -14,6 +14,7 @@ import typer
 from shardlib_ops.cli import (
     audit,
     cluster,
+    config,
     demo,
     doctor,
     gateway,
@@ -22,6 +23,7 @@ from shardlib_ops.cli import (
     render,
     reshard,
     resharder,
+    ring,
     schema,
     shard,
     token,
@@ -33,12 +35,12 @@ app = typer.Typer(
     name="shardlib-ops",
     help="Operate shardlib clusters.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(local.app, name="local")
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(shard.app, name="shard")
+app.add_typer(ring.app, name="ring")
 app.add_typer(reshard.app, name="reshard")
 app.add_typer(resharder.app, name="resharder")
 app.add_typer(schema.app, name="schema")
@@ -46,6 +48,7 @@ app.add_typer(audit.app, name="audit")
 app.add_typer(manager.app, name="manager")
 app.add_typer(gateway.app, name="gateway")
 app.add_typer(token.app, name="token")
+app.add_typer(config.app, name="config")
 app.command()(doctor.doctor)
 app.command()(demo.demo)
 

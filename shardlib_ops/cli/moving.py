@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from shardlib_ops.cli import given, jobs, render, resharder
+from shardlib_ops.cli import given, jobs, reach, render, resharder
 
-if TYPE_CHECKING:
-    from shardlib_ops.manager.blocking import BlockingManager
-    from shardlib_ops.reshard.job import Job
-
-__all__ = ["Run", "moves"]
+__all__ = ["Run", "drain", "moves"]
 
 Run = Annotated[bool, typer.Option("--run", help="Run the job here until it rests.")]
 
@@ -25,7 +21,7 @@ Run = Annotated[bool, typer.Option("--run", help="Run the job here until it rest
 class _Options:
     """What is asked of a job besides what it moves."""
 
-    catalog: str
+    way: reach.Way
     retention: float | None
     dry_run: bool
     run: bool
@@ -36,7 +32,7 @@ class _Options:
 
 def _options(
     *,
-    catalog: given.CatalogUrl,
+    way: reach.Way,
     retention: Annotated[
         float | None,
         typer.Option(
@@ -51,7 +47,7 @@ def _options(
     max_slot_wal: resharder.MaxSlotWal = None,
     as_json: given.AsJson = False,
 ) -> _Options:
-    return _Options(catalog, retention, dry_run, run, complete, max_slot_wal, as_json)
+    return _Options(way, retention, dry_run, run, complete, max_slot_wal, as_json)
 
 
 def moves(command: Callable[..., Mapping[str, Any]]) -> Callable[..., None]:
@@ -71,14 +67,23 @@ def moves(command: Callable[..., Mapping[str, Any]]) -> Callable[..., None]:
     parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*own.values(), *common.values())]
     make.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by typer
     make.__annotations__ = {one.name: one.annotation for one in parameters}
-    return make
+    return reach.reaches(make)
+
+
+def drain(app: typer.Typer) -> None:
+    """Give a group of commands `drain`: it is one of a shard's, and one that moves rows."""
+
+    @app.command()
+    @moves
+    def drain(shard: given.ShardName) -> Mapping[str, Any]:
+        """Give everything that a shard owns to the others, evenly."""
+        return {"shard": given.shard(shard)}
 
 
 def _begin(kind: str, arguments: dict[str, Any], options: _Options) -> None:
     from shardlib.errors import InvalidArgument
-    from shardlib_ops.manager.manager import Manager
 
-    given.lasting(options.catalog)
+    way = options.way
     if options.complete and not options.run:
         raise InvalidArgument("complete", True, "only with --run; later: reshard complete JOB")
     if options.max_slot_wal is not None and not options.run:
@@ -86,40 +91,24 @@ def _begin(kind: str, arguments: dict[str, Any], options: _Options) -> None:
     slot_wal = resharder.slot_wal(options.max_slot_wal)  # wrong ones are refused before a job is made
     if options.run and options.dry_run:
         raise InvalidArgument("run", True, "either --run or --dry-run")
+    catalog = way.catalog_for("--run") if options.run else ""
     arguments["retention_s"] = options.retention
-    targets = arguments.get("targets") or [one for one in [arguments.get("target")] if one]
-    with Manager.sync(options.catalog) as manager:
+    with way.asking() as ask:
         if options.dry_run:
-            names = jobs.names_of(manager.topology(), [one["name"] for one in targets if "name" in one])
-            plan = manager.plan(kind, **arguments)
+            plan = ask(ask.client.plan(kind, arguments))
             if options.as_json:
-                render.document(jobs.plan_content(plan, names))
+                render.document(plan)
             else:
-                jobs.show_plan(plan, names)
+                jobs.show_plan(plan)
             return
-        job: Job = getattr(manager, kind)(**arguments)
-        _tell_absent(manager, arguments.get("keys", ()))
-        names = jobs.names_of(manager.topology())
-    if options.run:
-        if not options.as_json:
-            render.console().print(f"job {job.id} ({job.kind.value}) is made", markup=False)
-        resharder.run_job(options.catalog, job.id, complete=options.complete, as_json=options.as_json, **slot_wal)
-    elif options.as_json:
-        render.document(jobs.job_content(job, names))
-    else:
-        jobs.show_job(job, names)
-
-
-def _tell_absent(manager: BlockingManager, keys: Sequence[object]) -> None:
-    """Warn of keys that no row has: they are moved, and may be mistyped."""
-    from shardlib.errors import ShardlibError
-    from shardlib_ops.manager.absent import absent_notes
-
-    if not keys:
-        return
-    try:
-        notes = absent_notes(manager.keys_without_rows(keys))
-    except ShardlibError as error:
-        notes = (f"whether rows have the keys is not known: {error}",)
+        job, notes = ask(ask.client.begin(kind, arguments))
     for note in notes:
         render.console(error=True).print(f"warning: {note}", markup=False)
+    if options.run:
+        if not options.as_json:
+            render.console().print(f"job {job.id} ({job.kind}) is made", markup=False)
+        resharder.run_job(catalog, job.id, complete=options.complete, as_json=options.as_json, **slot_wal)
+    elif options.as_json:
+        render.document(job)
+    else:
+        jobs.show_job(job)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from shardlib_ops.cli import given, render
 
 if TYPE_CHECKING:
-    from shardlib_ops.manager.blocking import BlockingManager
-    from shardlib_ops.manager.promote import Demoted, Promotion, Rejoin
+    from shardlib_ops.cli.reach import Asking, Way
+    from shardlib_ops.client.views import PromotionView
+    from shardlib_ops.manager.promote import Demoted, Rejoin
 
 __all__ = ["promote"]
 
@@ -21,7 +22,7 @@ _REJOIN_S = 3600.0
 
 def promote(
     shard: str,
-    catalog: str,
+    way: Way,
     *,
     replica: str | None,
     budget_s: float,
@@ -33,35 +34,33 @@ def promote(
     as_json: bool,
 ) -> None:
     """See `shardlib_ops.cli.shard.promote`."""
-    from shardlib_ops.manager.manager import Manager
-
     rejoin = None if rejoin_command is None else _by_command(rejoin_command)
 
     async def told(step: str) -> None:
         if not as_json:
             render.console(error=True).print(f"  {step.replace('_', ' ')}", markup=False)
 
-    with Manager.sync(catalog) as manager:
+    with way.asking() as ask:
+        client = ask.client
         if check:
-            _check(manager, shard, replica, max_lag_bytes, as_json=as_json)
+            _check(ask, shard, replica, max_lag_bytes, as_json=as_json)
             return
         if resume:
-            _show(manager.resume_promotion(shard, rejoin=rejoin, on_step=told), as_json=as_json)
+            _show(ask(client.resume_promotion(shard, rejoin=rejoin, on_step=told)), as_json=as_json)
             return
-        found = manager.get_shard(shard)
+        found = ask(client.shard(shard))
         given.agreed(f"Promote a replica of shard {found.name!r} (primary now: {found.primary})?", yes=yes)
-        manager.promote_replica(
-            shard, replica, budget_s=budget_s, max_lag_bytes=max_lag_bytes, rejoin=rejoin, on_step=told
+        record = ask(
+            client.promote(shard, replica, budget_s=budget_s, max_lag_bytes=max_lag_bytes, rejoin=rejoin, on_step=told)
         )
-        record = manager.get_promotion(shard)
     if record is not None:
         _show(record, as_json=as_json)
 
 
-def _check(manager: BlockingManager, shard: str, replica: str | None, max_lag_bytes: int, *, as_json: bool) -> None:
-    faults = manager.check_promotion(shard, replica, max_lag_bytes=max_lag_bytes)
+def _check(ask: Asking, shard: str, replica: str | None, max_lag_bytes: int, *, as_json: bool) -> None:
+    faults = ask(ask.client.check_promotion(shard, replica, max_lag_bytes=max_lag_bytes))
     if as_json:
-        render.document({"faults": [{"problem": one.problem, "way_out": one.way_out} for one in faults]})
+        render.document({"faults": faults})
     elif faults:
         render.table(("what stands in the way", "what to do"), [(one.problem, one.way_out) for one in faults])
     else:
@@ -70,29 +69,19 @@ def _check(manager: BlockingManager, shard: str, replica: str | None, max_lag_by
         raise typer.Exit(1)
 
 
-def _show(record: Promotion, *, as_json: bool) -> None:
-    said: dict[str, Any] = {
-        "shard": f"{record.name} ({record.shard})",
-        "promotion": record.stage.value,
-        "old primary": str(record.old),
-        "new primary": str(record.new),
+def _show(record: PromotionView, *, as_json: bool) -> None:
+    if as_json:
+        render.document(record)
+        return
+    said = {
+        "shard": f"{record.name} ({record.id})",
+        "promotion": record.stage,
+        "old primary": record.old,
+        "new primary": record.new,
         "closed for": "unknown" if record.pause_s is None else f"{record.pause_s:.3f} s",
         "left to do": record.error or "nothing",
     }
-    if as_json:
-        render.document(
-            {
-                "id": record.shard,
-                "name": record.name,
-                "stage": record.stage.value,
-                "old": str(record.old),
-                "new": str(record.new),
-                "pause_s": record.pause_s,
-                "error": record.error,
-            }
-        )
-    else:
-        render.facts(said)
+    render.facts(said)
 
 
 def _by_command(command: str) -> Rejoin:

@@ -52,8 +52,10 @@ def program() -> str:
 
 
 def document(content: object) -> None:
-    """Print one JSON document."""
-    print(json.dumps(content, indent=2, default=str))
+    """Print one JSON document; what a client has told can be in it."""
+    import msgspec
+
+    print(json.dumps(msgspec.to_builtins(content, enc_hook=str), indent=2))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shardlib_ops.cli import given, jobs, moving, render, resharder
+from shardlib_ops.cli import given, jobs, moving, reach, render, resharder
 from shardlib_ops.cli.progress import lines, progress_content, tables
 
 if TYPE_CHECKING:
     from shardlib_ops.manager.manager import Target
-    from shardlib_ops.reshard.job import Job, Wish
-    from shardlib_ops.reshard.progress.model import JobProgress
 
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Move rows between shards while applications run.")
 
 _TARGET = "A shard that gets a part: its name or id, or NAME=DSN for one to be made"
-Target1 = Annotated[str, typer.Option("--target", metavar="SHARD | NAME=DSN", help=f"{_TARGET}.")]
-Targets = Annotated[list[str], typer.Option("--target", metavar="SHARD | NAME=DSN", help=f"{_TARGET}; once for each.")]
+_REFERENCE = given.REFERENCE
+Target1 = Annotated[str, typer.Option("--target", metavar="SHARD | NAME=DSN", help=f"{_TARGET}. {_REFERENCE}")]
+Targets = Annotated[
+    list[str], typer.Option("--target", metavar="SHARD | NAME=DSN", help=f"{_TARGET}; once for each. {_REFERENCE}")
+]
 
 
 @app.command()
@@ -55,11 +56,7 @@ def rebalance(target: Target1) -> Mapping[str, Any]:
     return {"target": _one(target)}
 
 
-@app.command()
-@moving.moves
-def drain(shard: given.ShardName) -> Mapping[str, Any]:
-    """Give everything that a shard owns to the others, evenly."""
-    return {"shard": given.shard(shard)}
+moving.drain(app)
 
 
 @app.command("move-keys")
@@ -73,32 +70,31 @@ def move_keys(
 
 
 @app.command("list")
-def list_(catalog: given.CatalogUrl, as_json: given.AsJson = False) -> None:
+@reach.reaches
+def list_(way: reach.Way, as_json: given.AsJson = False) -> None:
     """Show every job, oldest first."""
-    from shardlib_ops.manager.manager import Manager
-
-    with Manager.sync(given.lasting(catalog)) as manager:
-        found, names = manager.list_jobs(), jobs.names_of(manager.topology())
+    with way.asking() as ask:
+        found = ask(ask.client.jobs())
     if as_json:
-        render.document({"jobs": [jobs.job_content(job, names) for job in found]})
+        render.document({"jobs": found})
     elif found:
-        jobs.show_jobs(found, names)
+        jobs.show_jobs(found)
     else:
         render.console().print("no jobs", markup=False)
 
 
 @app.command()
-def show(job: given.JobNumber, catalog: given.CatalogUrl, as_json: given.AsJson = False) -> None:
+@reach.reaches
+def show(job: given.JobNumber, way: reach.Way, as_json: given.AsJson = False) -> None:
     """Show one job: how far it is, and what it waits for."""
-    from shardlib_ops.manager.manager import Manager
+    import msgspec
 
-    with Manager.sync(given.lasting(catalog)) as manager:
-        found, names = manager.get_job(job), jobs.names_of(manager.topology())
-    wish, progress = _beside(catalog, job)
+    with way.asking() as ask:
+        found, progress = ask(ask.client.job(job)), ask(ask.client.progress(job))
     if as_json:
-        render.document({**jobs.job_content(found, names, wish), "progress": progress_content(progress)})
+        render.document({**msgspec.to_builtins(found), "progress": progress_content(progress)})
         return
-    jobs.show_job(found, names, wish)
+    jobs.show_job(found)
     if progress is not None:
         for drawn in tables(progress):
             render.console().print()
@@ -108,9 +104,10 @@ def show(job: given.JobNumber, catalog: given.CatalogUrl, as_json: given.AsJson 
 
 
 @app.command()
+@reach.reaches
 def watch(
     job: given.JobNumber,
-    catalog: given.CatalogUrl,
+    way: reach.Way,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document a line, the last when it rests.")
     ] = False,
@@ -121,9 +118,8 @@ def watch(
     """
     from shardlib_ops.cli import watch as following
 
-    given.lasting(catalog)
     try:
-        found = following.until_signal(following.follow(catalog, job, "json" if as_json else "people"))
+        found = following.until_signal(following.followed(way.opened(), job, "json" if as_json else "people"))
     except KeyboardInterrupt:
         render.console(error=True).print(
             f"not watched any more; job {job} goes on wherever a resharder runs it. "
@@ -131,81 +127,74 @@ def watch(
             markup=False,
         )
         raise typer.Exit(following.INTERRUPTED) from None
-    resharder.ended(catalog, found, as_json=as_json, told=as_json)
+    resharder.ended(found, as_json=as_json, told=as_json)
 
 
 @app.command()
-def pause(job: given.JobNumber, catalog: given.CatalogUrl, as_json: given.AsJson = False) -> None:
+@reach.reaches
+def pause(job: given.JobNumber, way: reach.Way, as_json: given.AsJson = False) -> None:
     """Let a job stand still between two pieces of its work; its streams go on."""
-    _ask(catalog, job, "pause", as_json=as_json)
+    _ask(way, job, "pause", as_json=as_json)
 
 
 @app.command()
+@reach.reaches
 def resume(
     job: given.JobNumber,
-    catalog: given.CatalogUrl,
+    way: reach.Way,
     run: moving.Run = False,
     max_slot_wal: resharder.MaxSlotWal = None,
     as_json: given.AsJson = False,
 ) -> None:
     """Let a paused job go on."""
-    _ask(catalog, job, "resume", run=run, max_slot_wal=max_slot_wal, as_json=as_json)
+    _ask(way, job, "resume", run=run, max_slot_wal=max_slot_wal, as_json=as_json)
 
 
 @app.command()
+@reach.reaches
 def cancel(
     job: given.JobNumber,
-    catalog: given.CatalogUrl,
+    way: reach.Way,
     yes: given.Yes = False,
     run: moving.Run = False,
     as_json: given.AsJson = False,
 ) -> None:
     """Undo a job that has not switched: what was copied is deleted from the targets."""
-    _ask(catalog, job, "cancel", "and delete what it has copied", yes=yes, run=run, as_json=as_json)
+    _ask(way, job, "cancel", "and delete what it has copied", yes=yes, run=run, as_json=as_json)
 
 
 @app.command()
+@reach.reaches
 def rollback(
     job: given.JobNumber,
-    catalog: given.CatalogUrl,
+    way: reach.Way,
     yes: given.Yes = False,
     run: moving.Run = False,
     as_json: given.AsJson = False,
 ) -> None:
     """Take a switched job back: the sources serve again, with all that was written since."""
-    _ask(catalog, job, "rollback", "so that the sources serve again", yes=yes, run=run, as_json=as_json)
+    _ask(way, job, "rollback", "so that the sources serve again", yes=yes, run=run, as_json=as_json)
 
 
 @app.command()
+@reach.reaches
 def complete(
     job: given.JobNumber,
-    catalog: given.CatalogUrl,
+    way: reach.Way,
     yes: given.Yes = False,
     run: moving.Run = False,
     as_json: given.AsJson = False,
 ) -> None:
     """Delete the old copies of a switched job; there is no rollback from then on."""
-    _ask(catalog, job, "complete", "and delete the old copies for good", yes=yes, run=run, as_json=as_json)
+    _ask(way, job, "complete", "and delete the old copies for good", yes=yes, run=run, as_json=as_json)
 
 
 def _one(target: str) -> Target:
     return given.targets([target])[0]
 
 
-def _beside(catalog: str, job_id: int) -> tuple[Wish, JobProgress | None]:
-    """What stands beside a job's record: what was asked of it, and how far it is."""
-    from contextlib import closing
-
-    from shardlib.catalog import open_catalog
-    from shardlib_ops.reshard.store import JobStore
-
-    with closing(open_catalog(catalog)) as opened:
-        store = JobStore(opened)
-        return store.wish(job_id), store.progress(job_id)
-
-
 def _ask(
-    catalog: str,
+    way: reach.Way,
     job_id: int,
     verb: str,
     consequence: str = "",
@@ -217,32 +206,31 @@ def _ask(
 ) -> None:
     """Ask something of a job; it happens in the resharder that runs it, or here with `run`."""
     from shardlib.errors import InvalidArgument
-    from shardlib_ops.manager.manager import Manager
 
     if max_slot_wal is not None and not run:
         raise InvalidArgument("max_slot_wal", max_slot_wal, "only with --run; else: resharder run")
     slot_wal = resharder.slot_wal(max_slot_wal)
-    with Manager.sync(given.lasting(catalog)) as manager:
-        job, before = manager.get_job(job_id), _beside(catalog, job_id)[0]
-        given.agreed(f"{verb.capitalize()} job {job.id} ({job.kind.value}, {job.status.value}) {consequence}?", yes=yes)
-        asking: Callable[[int], Job] = getattr(manager, verb)
-        job, names = asking(job_id), jobs.names_of(manager.topology())
+    catalog = way.catalog_for("--run") if run else ""
+    with way.asking() as ask:
+        before = ask(ask.client.job(job_id))
+        given.agreed(f"{verb.capitalize()} job {job_id} ({before.kind}, {before.status}) {consequence}?", yes=yes)
+        job = ask(ask.client.steer(job_id, verb))
     if run:
         resharder.run_job(catalog, job_id, complete=False, as_json=as_json, **slot_wal)
         return
     if as_json:
-        render.document(jobs.job_content(job, names, _beside(catalog, job_id)[0]))
+        render.document(job)
         return
-    said, does = _told(job_id, verb, before), f"; the resharder that runs it does that, or: {render.program()} "
+    said, does = _told(job_id, verb, before.asked), f"; the resharder that runs it does that, or: {render.program()} "
     render.console().print(said or f"asked job {job_id} to {verb}{does}resharder run {job_id}", markup=False)
 
 
-def _told(job_id: int, verb: str, before: Wish) -> str:
+def _told(job_id: int, verb: str, before: str | None) -> str:
     """What is to be said of a `resume` that ends no pause; empty for everything else."""
     from shardlib_ops.reshard.job import Wish
 
-    if verb != "resume" or before is Wish.PAUSE:
+    if verb != "resume" or before in (None, Wish.PAUSE):
         return ""
-    if before is Wish.RUN:
+    if before == Wish.RUN:
         return f"job {job_id} is not paused"
-    return f"job {job_id} is not paused; it was asked to {before.value}, which is withdrawn unless it has begun"
+    return f"job {job_id} is not paused; it was asked to {before}, which is withdrawn unless it has begun"

@@ -15,7 +15,7 @@ import typer
 from shardlib_ops.cli import given, jobs, render
 
 if TYPE_CHECKING:
-    from shardlib_ops.reshard.job import Job
+    from shardlib_ops.client.views import JobView
     from shardlib_ops.reshard.resharder import Resharder
 
 __all__ = ["MaxSlotWal", "app", "ended", "run_job", "slot_wal"]
@@ -139,14 +139,14 @@ def run_job(
         raise typer.Exit(watch.INTERRUPTED) from None
     if not as_json:
         _tell_unattended(job)
-    ended(catalog, job, as_json=as_json)
+    ended(job, as_json=as_json)
 
 
-def _tell_unattended(job: Job) -> None:
+def _tell_unattended(job: JobView) -> None:
     """A job in `validation` still needs a resharder when this command ends."""
     from shardlib_ops.reshard.job import WAY_BACK_LOST, Status
 
-    if job.status is not Status.VALIDATION or WAY_BACK_LOST in (job.error or ""):
+    if job.status != Status.VALIDATION or WAY_BACK_LOST in (job.error or ""):
         return
     by_itself = "" if job.retention_s is None else ", and its retention does not end it"
     render.console(error=True).print(
@@ -159,20 +159,17 @@ def _tell_unattended(job: Job) -> None:
     )
 
 
-def ended(catalog: str, job: Job, *, as_json: bool, told: bool = False) -> None:
+def ended(job: JobView, *, as_json: bool, told: bool = False) -> None:
     """Show a job that rests, unless that was told already, and exit with 1 if it failed."""
-    from shardlib_ops.manager.manager import Manager
     from shardlib_ops.reshard.job import Status
 
     if told:
         pass
     elif as_json:
-        with Manager.sync(catalog) as manager:
-            names = jobs.names_of(manager.topology())
-        render.document(jobs.job_content(job, names))
+        render.document(job)
     else:
         render.console().print(f"rests: {jobs.line(job)}", markup=False)
-    if job.status is Status.FAILED:
+    if job.status == Status.FAILED:
         raise typer.Exit(1)
 
 

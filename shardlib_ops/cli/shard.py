@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shardlib_ops.cli import given, render
+from shardlib_ops.cli import given, moving, reach, render
 
 if TYPE_CHECKING:
-    from shardlib.topology import Shard, Topology
+    from shardlib_ops.client.views import ShardView
 
 __all__ = ["app"]
 
@@ -17,66 +17,64 @@ app = typer.Typer(no_args_is_help=True, help="The shards of a cluster.")
 
 
 @app.command()
+@reach.reaches
 def create(
     name: Annotated[str, typer.Argument(help="A name that no shard of the cluster has.")],
-    catalog: given.CatalogUrl,
-    primary: Annotated[str, typer.Option(metavar="DSN", help="Its primary.")],
+    primary: Annotated[str, typer.Option(metavar="DSN", help=f"Its primary. {given.REFERENCE}")],
+    way: reach.Way,
     replica: Annotated[
         list[str] | None,
-        typer.Option(metavar="DSN", help="A replica; as often as there are.", show_default=False),
+        typer.Option(metavar="DSN", help=f"A replica; as often as there are. {given.REFERENCE}", show_default=False),
     ] = None,
     vnode_count: Annotated[int, typer.Option(help="Virtual nodes: its weight when ranges are dealt.")] = 256,
     as_json: given.AsJson = False,
 ) -> None:
     """Add a shard that owns nothing yet; `reshard` gives it ranges, and the tables with them."""
-    from shardlib_ops.manager.manager import Manager
-
-    with Manager.sync(given.lasting(catalog)) as manager:
-        manager.create_shard(
-            given.shard(name, "name"), primary_endpoint=primary, replicas=replica or [], vnode_count=vnode_count
+    with way.asking() as ask:
+        made = ask(
+            ask.client.create_shard(
+                given.shard(name, "name"), primary_endpoint=primary, replicas=replica or [], vnode_count=vnode_count
+            )
         )
-        _show_one(manager.topology(), name, as_json=as_json)
+    _show_one(made, as_json=as_json)
 
 
 @app.command("list")
-def list_(catalog: given.CatalogUrl, as_json: given.AsJson = False) -> None:
+@reach.reaches
+def list_(way: reach.Way, as_json: given.AsJson = False) -> None:
     """Show every shard."""
-    from shardlib_ops.manager.manager import Manager
-
-    with Manager.sync(given.lasting(catalog)) as manager:
-        topology = manager.topology()
-    found = [_content(topology, shard) for shard in topology.shards]
+    with way.asking() as ask:
+        found = ask(ask.client.shards())
     if as_json:
-        render.document({"cluster_id": topology.cluster_id, "version": topology.version, "shards": found})
+        render.document(found)
         return
-    keys = ("id", "name", "state", "primary", "vnode_count", "vnodes_owned")
     rows = [
-        [*(one[key] for key in keys), f"{one['share_of_all']:.1%}", ", ".join(map(str, one["jobs"]))] for one in found
-    ]
+        (
+            one.id, one.name, one.state, one.primary, one.vnode_count, one.vnodes_owned, f"{one.share_of_all:.1%}",
+            ", ".join(map(str, one.jobs)),
+        )
+        for one in found.shards
+    ]  # fmt: skip
     render.table(("id", "shard", "state", "primary", "weight", "virtual nodes", "of all keys", "jobs"), rows)
 
 
 @app.command()
-def show(shard: given.ShardName, catalog: given.CatalogUrl, as_json: given.AsJson = False) -> None:
+@reach.reaches
+def show(shard: given.ShardName, way: reach.Way, as_json: given.AsJson = False) -> None:
     """Show one shard."""
-    from shardlib_ops.manager.manager import Manager
-
-    with Manager.sync(given.lasting(catalog)) as manager:
-        topology = manager.topology()
-    _show_one(topology, given.shard(shard), as_json=as_json)
+    with way.asking() as ask:
+        found = ask(ask.client.shard(given.shard(shard)))
+    _show_one(found, as_json=as_json)
 
 
 @app.command()
-def delete(
-    shard: given.ShardName, catalog: given.CatalogUrl, yes: given.Yes = False, as_json: given.AsJson = False
-) -> None:
+@reach.reaches
+def delete(shard: given.ShardName, way: reach.Way, yes: given.Yes = False, as_json: given.AsJson = False) -> None:
     """Take a shard that owns nothing out of the cluster. Its server and its rows are left as they are."""
-    from shardlib_ops.manager.manager import Manager
-
-    with Manager.sync(given.lasting(catalog)) as manager:
-        found = manager.get_shard(given.shard(shard))
+    with way.asking() as ask:
+        found = ask(ask.client.shard(given.shard(shard)))
         given.agreed(f"Take shard {found.name!r} ({found.primary}) out of the cluster?", yes=yes)
-        manager.delete_shard(found.id)
+        ask(ask.client.delete_shard(found.id))
     if as_json:
         render.document({"id": found.id, "name": found.name, "deleted": True})
     else:
@@ -84,9 +82,10 @@ def delete(
 
 
 @app.command()
+@reach.reaches
 def promote(
     shard: given.ShardName,
-    catalog: given.CatalogUrl,
+    way: reach.Way,
     replica: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="The replica; left out: the one that is the least behind."),
@@ -107,7 +106,7 @@ def promote(
 
     run(
         given.shard(shard),
-        given.lasting(catalog),
+        way,
         replica=replica,
         budget_s=budget,
         max_lag_bytes=max_lag_bytes,
@@ -120,68 +119,47 @@ def promote(
 
 
 @app.command("add-replica")
+@reach.reaches
 def add_replica(
     shard: given.ShardName,
-    endpoint: Annotated[str, typer.Argument(metavar="DSN", help="The replica.")],
-    catalog: given.CatalogUrl,
+    endpoint: Annotated[str, typer.Argument(metavar="DSN", help=f"The replica. {given.REFERENCE}")],
+    way: reach.Way,
     as_json: given.AsJson = False,
 ) -> None:
     """Tell the cluster of a replica, after it is seen to follow the shard's primary."""
-    from shardlib_ops.manager.manager import Manager
-
-    with Manager.sync(given.lasting(catalog)) as manager:
-        found = manager.add_replica(given.shard(shard), endpoint)
-        _show_one(manager.topology(), found.id, as_json=as_json)
+    with way.asking() as ask:
+        found = ask(ask.client.add_replica(given.shard(shard), endpoint))
+    _show_one(found, as_json=as_json)
 
 
 @app.command("remove-replica")
+@reach.reaches
 def remove_replica(
     shard: given.ShardName,
-    endpoint: Annotated[str, typer.Argument(metavar="HOST:PORT", help="The replica, or its DSN.")],
-    catalog: given.CatalogUrl,
+    endpoint: Annotated[str, typer.Argument(metavar="HOST:PORT", help="The replica, or its DSN without a password.")],
+    way: reach.Way,
     as_json: given.AsJson = False,
 ) -> None:
     """Take a replica off the cluster's list. The server is left as it is."""
-    from shardlib_ops.manager.manager import Manager
-
-    with Manager.sync(given.lasting(catalog)) as manager:
-        found = manager.remove_replica(given.shard(shard), endpoint)
-        _show_one(manager.topology(), found.id, as_json=as_json)
+    with way.asking() as ask:
+        found = ask(ask.client.remove_replica(given.shard(shard), endpoint))
+    _show_one(found, as_json=as_json)
 
 
-def _content(topology: Topology, shard: Shard) -> dict[str, Any]:
-    from shardlib.ring.ranges import TOKEN_COUNT
-
-    owned = sum(one.last - one.first + 1 for one in topology.ring.ranges_of(shard.id)) if _owns(topology, shard) else 0
-    return {
-        "id": shard.id,
-        "name": shard.name,
-        "state": shard.status.value,
-        "primary": str(shard.primary),
-        "replicas": [str(each) for each in shard.replicas],
-        "vnode_count": shard.vnode_count,
-        "vnodes_owned": topology.ring.weights().get(shard.id, 0),
-        "share_of_all": owned / TOKEN_COUNT,
-        "jobs": sorted({move.job for move in topology.moves if shard.id in (move.source, move.target)}),
-    }
+moving.drain(app)
 
 
-def _owns(topology: Topology, shard: Shard) -> bool:
-    return shard.id in topology.ring.shard_ids
-
-
-def _show_one(topology: Topology, name: str, *, as_json: bool) -> None:
-    found = _content(topology, topology.shard(name))
+def _show_one(found: ShardView, *, as_json: bool) -> None:
     if as_json:
         render.document(found)
         return
     said = {
-        "shard": f"{found['name']} ({found['id']})",
-        "state": found["state"],
-        "primary": found["primary"],
-        "replicas": ", ".join(found["replicas"]) or "none",
-        "weight": f"{found['vnode_count']} virtual nodes",
-        "owns": f"{found['vnodes_owned']} virtual nodes, {found['share_of_all']:.1%} of all keys",
-        "jobs": ", ".join(map(str, found["jobs"])) or "none",
+        "shard": f"{found.name} ({found.id})",
+        "state": found.state,
+        "primary": found.primary,
+        "replicas": ", ".join(found.replicas) or "none",
+        "weight": f"{found.vnode_count} virtual nodes",
+        "owns": f"{found.vnodes_owned} virtual nodes, {found.share_of_all:.1%} of all keys",
+        "jobs": ", ".join(map(str, found.jobs)) or "none",
     }
     render.facts(said)

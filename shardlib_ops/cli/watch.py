@@ -17,24 +17,24 @@ from shardlib_ops.cli import jobs, progress, render
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from shardlib_ops.reshard.job import Job, Wish
+    from shardlib_ops.client import Client
+    from shardlib_ops.client.views import JobView
     from shardlib_ops.reshard.progress.model import JobProgress
     from shardlib_ops.reshard.resharder import Resharder
 
-__all__ = ["INTERRUPTED", "follow", "run", "until_signal"]
+__all__ = ["INTERRUPTED", "follow", "followed", "run", "until_signal"]
 
 T = TypeVar("T")
 
 INTERRUPTED: Final = 130
 """The exit code of a command that a signal ended, as shells have it."""
-_LOOK_S: Final = 0.5
 _PLAIN_S: Final = 5.0
 """Between two lines that say only how far it is."""
 _AWAY_S: Final = 60.0
-"""For so long a catalog may be away before `follow` gives up."""
+"""For so long a catalog or manager may be away before `follow` gives up."""
 
 
-Show = Callable[["Job", "Wish", "JobProgress | None"], None]
+Show = Callable[["JobView", "JobProgress | None"], None]
 """Shows a job's state, each time it is called."""
 Beside = Callable[["Resharder"], AbstractAsyncContextManager[None]]
 To = Literal["people", "json", "nobody"]
@@ -42,31 +42,31 @@ To = Literal["people", "json", "nobody"]
 
 
 @contextmanager
-def _display(to: To, names: jobs.Names, screen: Console | None) -> Iterator[Show]:
+def _display(to: To, screen: Console | None) -> Iterator[Show]:
     if to == "nobody":
-        yield lambda job, wish, told: None
+        yield lambda job, told: None
     elif to == "json":
-        yield _lines_of_json(names)
+        yield _lines_of_json()
     elif (screen or render.console()).is_terminal:
         from rich.console import Console
         from rich.live import Live
 
         # A console that wraps: a line that is drawn anew must not be longer than the terminal is wide.
         with Live(console=screen or Console(highlight=False), refresh_per_second=4, transient=True) as live:
-            yield lambda job, wish, told: live.update(_picture(job, wish, told))
+            yield lambda job, told: live.update(_picture(job, told))
     else:
         yield _plain_lines(screen or render.console())
 
 
-def _picture(job: Job, wish: Wish, told: JobProgress | None) -> RenderableType:
+def _picture(job: JobView, told: JobProgress | None) -> RenderableType:
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
-    parts: list[RenderableType] = [Text(jobs.line(job, wish), style="bold")]
+    parts: list[RenderableType] = [Text(jobs.line(job), style="bold")]
     if told is not None:
-        if told.status == job.status.value:  # else the bar is that of a state that is over
+        if told.status == job.status:  # else the bar is that of a state that is over
             bar = Table.grid(padding=(0, 1))
             bar.add_row(
                 ProgressBar(total=1.0, completed=told.fraction, width=40), Text(progress.summary(told, brief=True))
@@ -83,16 +83,16 @@ def _plain_lines(screen: Console) -> Show:
     seen: list[str] = []
     said_at = float("-inf")
 
-    def show(job: Job, wish: Wish, told: JobProgress | None) -> None:
+    def show(job: JobView, told: JobProgress | None) -> None:
         nonlocal seen, said_at
-        news = [jobs.line(job, wish)]
+        news = [jobs.line(job)]
         keyed = list(news)
-        if told is not None and told.status == job.status.value:
+        if told is not None and told.status == job.status:
             news += [f"  {said}" for said in progress.lines(told)]
             keyed += [*told.warnings, *(f"{one.kind} {one.pid} {one.gid} {one.shard}" for one in told.waiting)]
         if keyed != seen:
             seen = keyed
-        elif told is not None and not job.status.over and time.monotonic() - said_at >= _PLAIN_S:
+        elif told is not None and not _over(job) and time.monotonic() - said_at >= _PLAIN_S:
             news = [f"  {progress.summary(told)}"]
         else:
             return
@@ -104,70 +104,76 @@ def _plain_lines(screen: Console) -> Show:
     return show
 
 
-def _lines_of_json(names: jobs.Names) -> Show:
+def _lines_of_json() -> Show:
+    import msgspec
+
     last = ""
 
-    def show(job: Job, wish: Wish, told: JobProgress | None) -> None:
+    def show(job: JobView, told: JobProgress | None) -> None:
         nonlocal last
-        content = {**jobs.job_content(job, names, wish), "progress": progress.progress_content(told)}
-        if (line := json.dumps(content, default=str)) != last:
+        content = {**msgspec.to_builtins(job), "progress": progress.progress_content(told)}
+        if (line := json.dumps(content)) != last:
             last = line
             print(line, flush=True)
 
     return show
 
 
-async def follow(catalog: str, job_id: int, to: To, screen: Console | None = None) -> Job:
+async def follow(catalog: str, job_id: int, to: To, screen: Console | None = None) -> JobView:
+    """`followed`, by the catalog of this URL."""
+    from shardlib_ops.client import DirectClient
+
+    return await followed(DirectClient(catalog), job_id, to, screen)
+
+
+async def followed(client: Client, job_id: int, to: To, screen: Console | None = None) -> JobView:
     """Show a job until it rests: it is over, or in `validation` with nothing asked of it.
 
     Args:
-        catalog: its URL.
+        client: of its cluster; it is closed at the end.
         job_id: which job.
         to: whom it is shown to.
         screen: where people see it; None for standard output.
 
     Raises:
         InvalidTopology: there is no such job.
-        CatalogUnavailable: no answer for a minute.
+        CatalogUnavailable, ManagerUnavailable: no answer for a minute.
     """
-    from shardlib.catalog import open_catalog
-    from shardlib.errors import CatalogUnavailable
-    from shardlib_ops.reshard.store import JobStore
+    from shardlib.errors import RetryableError
 
-    opened = await asyncio.to_thread(open_catalog, catalog)
+    clock = asyncio.get_running_loop().time
+    heard = clock()
     try:
-        store = JobStore(opened)
-        clock = asyncio.get_running_loop().time
-        heard = clock()
-        names: dict[str, str] = {}
-        with _display(to, names, screen) as show:
+        with _display(to, screen) as show:
             while True:
                 try:
-                    job = await asyncio.to_thread(store.load, job_id)
-                    wish = await asyncio.to_thread(store.wish, job_id)
-                    told = await asyncio.to_thread(store.progress, job_id)
-                    if to == "json" and not names:
-                        names.update(jobs.names_of(await asyncio.to_thread(opened.load)))
-                except CatalogUnavailable as error:
-                    if error.final or clock() - heard > _AWAY_S:
+                    job, told = await client.job(job_id), await client.progress(job_id)
+                except RetryableError as error:
+                    if getattr(error, "final", False) or clock() - heard > _AWAY_S:
                         raise
                 else:
                     heard = clock()
-                    show(job, wish, told)
-                    if _rests(job, wish):
+                    show(job, told)
+                    if _rests(job):
                         return job
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(client.look_s)
     finally:
-        await asyncio.to_thread(opened.close)
+        await client.close()
 
 
-def _rests(job: Job, wish: Wish) -> bool:
+def _rests(job: JobView) -> bool:
     from shardlib_ops.reshard.job import Status, Wish
 
-    return job.status.over or (job.status is Status.VALIDATION and wish not in (Wish.ROLLBACK, Wish.COMPLETE))
+    return _over(job) or (job.status == Status.VALIDATION and job.asked not in (Wish.ROLLBACK, Wish.COMPLETE))
 
 
-async def run(catalog: str, job_id: int, *, complete: bool, quiet: bool, beside: Beside, **options: Any) -> Job:
+def _over(job: JobView) -> bool:
+    from shardlib_ops.reshard.job import Status
+
+    return Status(job.status).over
+
+
+async def run(catalog: str, job_id: int, *, complete: bool, quiet: bool, beside: Beside, **options: Any) -> JobView:
     """Run a job until it rests, and show it meanwhile.
 
     Args:
@@ -182,6 +188,7 @@ async def run(catalog: str, job_id: int, *, complete: bool, quiet: bool, beside:
         InvalidTopology: there is no such job.
     """
     from shardlib.errors import CatalogUnavailable
+    from shardlib_ops.client.views import job_view
     from shardlib_ops.reshard.resharder import Resharder
 
     async with Resharder(catalog, **options) as resharder, beside(resharder):
@@ -200,7 +207,17 @@ async def run(catalog: str, job_id: int, *, complete: bool, quiet: bool, beside:
             if watching is not None:
                 watching.cancel()
                 await asyncio.wait([watching])
-    return job
+    return job_view(job, await _names(catalog) if quiet else {})
+
+
+async def _names(catalog: str) -> dict[str, str]:
+    from shardlib_ops.client import DirectClient
+
+    client = DirectClient(catalog)
+    try:
+        return {shard.id: shard.name for shard in (await client.shards()).shards}
+    finally:
+        await client.close()
 
 
 def until_signal(work: Coroutine[Any, Any, T]) -> T:

@@ -17,11 +17,12 @@ from typing import Any, Final
 
 from shardlib.errors import InvalidTopology
 from shardlib_ops.local.process import wait_until
+from shardlib_ops.manager.manager import Manager
 from shardlib_ops.reshard.job import Job, Status
 
 __all__ = ["Follow", "Moved", "Resharding", "resharding"]
 
-Follow = Callable[[str, int], Coroutine[Any, Any, Job]]
+Follow = Callable[[str, int], Coroutine[Any, Any, object]]
 """Shows a job of a catalog's URL until it rests."""
 
 _END_S: Final = 30.0
@@ -116,7 +117,9 @@ class Resharding:
         finally:
             following.cancel()
             await asyncio.wait([following])
-        return following.result()
+        following.result()
+        async with Manager(self._url) as manager:
+            return await manager.get_job(job_id)
 
     def _hear(self) -> None:
         with suppress(EOFError, OSError):

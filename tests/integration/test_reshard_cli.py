@@ -180,7 +180,7 @@ def test_the_life_of_a_split(ops: Ops) -> None:
 def test_a_job_before_its_switch_can_be_paused_and_cancelled(ops: Ops) -> None:
     job = ops.json("reshard", "move-keys", KEYS[0], KEYS[1], "--target", "shard-01")
     number = str(job["id"])
-    assert (job["kind"], job["status"], job["asked"]) == ("move_keys", "pending", None)
+    assert (job["kind"], job["status"], job["asked"]) == ("move_keys", "pending", "run")
     assert "no resharder has taken it yet" in ops("reshard", "show", number).output
     assert "`cancel`" in str(ops.refused("reshard", "rollback", number, "--yes"))
     assert "validation" in str(ops.refused("reshard", "complete", number, "--yes"))

@@ -15,6 +15,7 @@ from shardlib.errors import InvalidArgument, InvalidTopology
 from shardlib.ring import TokenRange, build_ring
 from shardlib.topology import Gate, Shard, Table, Topology
 from shardlib_ops.cli import progress, render, watch
+from shardlib_ops.client.views import job_view
 from shardlib_ops.reshard.copy import Copied
 from shardlib_ops.reshard.job import Job, Kind, Status, Wish, legs_of
 from shardlib_ops.reshard.progress import JobProgress, StreamProgress, TableProgress, Tracker, Waiting, metrics_text
@@ -207,12 +208,13 @@ def copying() -> JobProgress:
 
 
 JOB = Job(7, Kind.SPLIT, (), status=Status.PRECOPY, started_at="2026-11-24T01:00")
+SEEN = job_view(JOB, {}, Wish.RUN)
 
 
 def test_the_bar_of_a_state_that_is_over_is_not_drawn() -> None:
     def drawn(job: Job) -> str:
         out = io.StringIO()
-        Console(file=out, width=140).print(watch._picture(job, Wish.RUN, copying()))
+        Console(file=out, width=140).print(watch._picture(job_view(job, {}, Wish.RUN), copying()))
         return out.getvalue()
 
     assert "31%" in drawn(JOB)
@@ -223,7 +225,7 @@ def test_the_bar_of_a_state_that_is_over_is_not_drawn() -> None:
 
 def test_the_picture_of_a_terminal_names_all_that_matters() -> None:
     out = io.StringIO()
-    Console(file=out, force_terminal=True, width=140).print(watch._picture(JOB, Wish.RUN, copying()))
+    Console(file=out, force_terminal=True, width=140).print(watch._picture(SEEN, copying()))
     text = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
     rows = text.splitlines()
     assert rows[0] == "job 7: precopy"
@@ -238,7 +240,7 @@ def test_the_picture_of_a_terminal_names_all_that_matters() -> None:
     assert "1.0 GiB (unreserved)" in stream
     assert "warning: it falls behind" in text
     assert "waits for: process 812 of app, since 2026-11-24T01:58" in text
-    Console(file=out, width=140).print(watch._picture(JOB, Wish.RUN, None))
+    Console(file=out, width=140).print(watch._picture(SEEN, None))
 
 
 def test_one_line_says_the_most_of_it() -> None:
@@ -255,26 +257,26 @@ def test_lines_elsewhere_are_news_and_not_the_same_again(
     now = 0.0
     monkeypatch.setattr(watch.time, "monotonic", lambda: now)
     show = watch._plain_lines(render.console())
-    show(JOB, Wish.RUN, copying())
+    show(SEEN, copying())
     first = capsys.readouterr().out.splitlines()
     assert first == [
         "job 7: precopy",
         "  warning: it falls behind",
         "  waits for: process 812 of app, since 2026-11-24T01:58",
     ]
-    show(JOB, Wish.RUN, copying())
+    show(SEEN, copying())
     assert capsys.readouterr().out == ""
     now = 6.0
-    show(JOB, Wish.RUN, copying())
+    show(SEEN, copying())
     assert capsys.readouterr().out.startswith("  31%, copy for")
-    show(JOB.changed(paused=True), Wish.PAUSE, copying())
+    show(job_view(JOB.changed(paused=True), {}, Wish.PAUSE), copying())
     assert "paused" in capsys.readouterr().out
 
 
 def test_lines_of_json_are_told_once_each(capsys: pytest.CaptureFixture[str]) -> None:
-    show = watch._lines_of_json({})
+    show = watch._lines_of_json()
     for told in (None, None, copying()):
-        show(JOB, Wish.RUN, told)
+        show(SEEN, told)
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert first["progress"] is None
     assert second["progress"]["tables"][1]["rows_total"] is None
