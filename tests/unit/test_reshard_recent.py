@@ -101,7 +101,9 @@ def test_too_many_rows_are_given_up_until_the_next_comparison() -> None:
     recent.add([(INSERT, item, None, row("a", "10", "x"))], 11)
     assert len(recent) == 0
     assert recent.after(11) is None
+    assert recent.count(11) == 10, "many, not none: no range is closed as if little had changed"
     recent.begin(20)
+    assert recent.count(20) == 0
     recent.add([(INSERT, item, None, row("a", "11", "x"))], 21)
     assert rows_of(recent, 20) == {(b"11",)}
     assert recent.after(11) is None

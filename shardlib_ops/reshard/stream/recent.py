@@ -100,7 +100,9 @@ class Recent:
             self._emptied.clear()
 
     def count(self, since: int) -> int:
-        """How many rows were changed at or after an LSN, as far as that is known."""
+        """How many rows were changed at or after an LSN; as many as can be kept if they were given up."""
+        if self._since is None:
+            return self._limit
         return sum(lsn >= since for _, rows in self._found.values() for lsn in rows.values())
 
     def after(self, since: int) -> Mapping[str, Sequence[RowList] | None] | None:
