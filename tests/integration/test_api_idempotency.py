@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from shardlib import ShardedEngine
 from shardlib.catalog import Catalog, open_catalog
 from shardlib_ops import LocalCluster
 from shardlib_ops.api.idempotency import ENTRIES_MAX, IdempotencyKeys, Kept, Record, request_hash
@@ -23,6 +24,7 @@ from shardlib_ops.serving.problem import Problem
 from tests.support.eventually import eventually_async
 from tests.support.manager_runner import PAUSED, running
 from tests.support.managers import Api, audit_entries, fill, serving, token
+from tests.support.models import Base
 
 SHARDS = "/api/v1/shards"
 SPLIT = "/api/v1/reshard/split"
@@ -31,6 +33,8 @@ SPLIT = "/api/v1/reshard/split"
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
     with LocalCluster(shards=2) as made:
+        with ShardedEngine(made.url) as engine:
+            engine.create_all(Base.metadata)
         yield made
 
 
