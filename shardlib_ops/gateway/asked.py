@@ -16,10 +16,11 @@ from shardlib_ops.gateway.statement import check_statement
 from shardlib_ops.gateway.values import read_json
 from shardlib_ops.serving.problem import Problem, problem, public_text
 
-__all__ = ["PARAMS_MAX", "Asked", "asked_key", "read_asked"]
+__all__ = ["PARAMS_MAX", "TIMEOUT_S_MIN", "Asked", "asked_key", "read_asked"]
 
 PARAMS_MAX: Final = 65_535
 """What the protocol of PostgreSQL has numbers for."""
+TIMEOUT_S_MIN: Final = Decimal("0.01")
 _KEY_PARTS_MAX: Final = 32
 _KEY_TEXT_MAX: Final = 8_192
 _REQUIRED: Final = ("shard_key", "query")
@@ -180,8 +181,8 @@ def _stream(value: object) -> bool:
 
 
 def _timeout_s(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | Decimal) or not 0 < value < 10**6:
-        raise _WrongError("seconds, more than 0")
+    if isinstance(value, bool) or not isinstance(value, int | Decimal) or not TIMEOUT_S_MIN <= value < 10**6:
+        raise _WrongError(f"seconds, at least {TIMEOUT_S_MIN}")
     return float(value)
 
 

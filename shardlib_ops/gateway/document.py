@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from shardlib_ops.gateway.asked import PARAMS_MAX
+from shardlib_ops.gateway.asked import PARAMS_MAX, TIMEOUT_S_MIN
 from shardlib_ops.gateway.problems import GATEWAY_KINDS
 from shardlib_ops.serving.problem import KINDS, MEDIA_TYPE, TYPE_PREFIX
 from shardlib_ops.settings import Settings
@@ -136,7 +136,7 @@ def _schemas(settings: Settings) -> dict[str, Any]:
                 },
                 "timeout_s": {
                     "type": "number",
-                    "exclusiveMinimum": 0,
+                    "minimum": float(TIMEOUT_S_MIN),
                     "maximum": gateway.statement_timeout_s,
                     "description": "seconds after which the statement is cancelled",
                 },

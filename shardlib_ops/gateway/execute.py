@@ -187,6 +187,9 @@ class Executor:
     def _wait_s(self, statement: Statement, error: Exception, attempt: int, passed_s: float) -> float | None:
         """Seconds until the next attempt; None if there is none."""
         self._types.pop(statement.query, None)
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # an error of the server took the place of the cancellation
+            return None
         again = RetryableError() if isinstance(error, psycopg.Error) and error.sqlstate in _AGAIN else error
         wait_s = next_wait(again, attempt, self._retry, random.uniform(0.5, 1.0))  # noqa: S311
         return None if wait_s is None or passed_s + wait_s >= self._limit_s(statement) else wait_s
@@ -261,10 +264,10 @@ class Executor:
         """
         core = self._engine.sync_engine._core  # noqa: SLF001 - the engine's own inside
         conn = begin_pinned(core, encode_key(statement.key))
+        shard: Any = conn.shard
+        driver, info = conn.driver, conn.info
         try:
-            shard: Any = conn.shard
-            info = conn.info
-            result, vetted = await_only(self._work(conn.driver, info, shard, statement, rows, consume))
+            result, vetted = await_only(self._work(driver, info, shard, statement, rows, consume))
             conn.commit()
             if vetted is not None:
                 info.update(vetted)
@@ -272,6 +275,8 @@ class Executor:
                 conn.invalidate()
             return shard.id, result
         finally:
+            if driver.closed and not conn.invalidated:
+                conn.invalidate()  # there is nothing left to roll back
             conn.close()
 
     async def _work(
@@ -299,6 +304,8 @@ class Executor:
                 raise StatementTimeout(self._limit_s(statement)) from None
             raise
         except psycopg.Error as error:
+            if limit.expired():  # the server's error crossed the request to cancel
+                raise StatementTimeout(self._limit_s(statement)) from error
             # Before COMMIT, so nothing is left behind.
             if driver.closed and lost_connection(error):
                 raise ShardUnavailable(shard.name, "the connection was lost") from error

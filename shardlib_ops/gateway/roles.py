@@ -13,9 +13,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from shardlib import AsyncShardedEngine
-from shardlib.errors import RetryableError, ShardlibError
+from shardlib.errors import ShardlibError
 from shardlib.topology import Shard
+from shardlib_ops.audit.text import cleaned
 
 __all__ = ["RoleTooStrong", "Vetting", "check_roles"]
 
@@ -105,29 +108,23 @@ async def check_roles(engine: AsyncShardedEngine, vetting: Vetting) -> None:
     """
     limit = asyncio.Semaphore(_AT_ONCE)
 
-    async def check(shard: Shard, key: str) -> None:
+    async def check(shard: Shard, key: str) -> RoleTooStrong | None:
         async with limit:
             try:
                 async with engine.begin(key) as conn:
                     raw = await conn.get_raw_connection()
                     await vetting.vet(raw.driver_connection, {}, shard.name)
-            except RetryableError as error:
-                _LOG.warning("the role on shard %r is not known yet: %s", shard.name, type(error).__name__)
+            except RoleTooStrong as error:
+                return error
+            except (ShardlibError, SQLAlchemyError) as error:
+                _LOG.warning("the gateway's role on shard %r is not known yet: %s", shard.name, cleaned(error))
+        return None
 
-    keys = _key_of_each(engine)
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_kept(check(shard, key))) for shard, key in keys]
+        tasks = [group.create_task(check(shard, key)) for shard, key in _key_of_each(engine)]
     for task in tasks:
         if (error := task.result()) is not None:
             raise error
-
-
-async def _kept(work: Any) -> RoleTooStrong | None:
-    try:
-        await work
-    except RoleTooStrong as error:
-        return error
-    return None
 
 
 def _key_of_each(engine: AsyncShardedEngine) -> list[tuple[Shard, str]]:

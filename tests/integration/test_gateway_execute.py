@@ -131,6 +131,15 @@ async def test_a_statement_that_takes_too_long_is_cancelled_at_the_server(
     assert await rows(executor, "SELECT 1 AS one") == [{"one": 1}]
 
 
+async def test_an_end_that_crosses_an_error_of_the_server_is_one_of_the_two(executor: Executor) -> None:
+    """The connection may be lost by it, which the caller does not learn of."""
+    for number in range(1, 60):
+        statement = Statement("a", "SELECT nothing FROM nowhere WHERE x = $1", timeout_s=number * 0.0002)
+        with pytest.raises((StatementTimeout, pg.UndefinedTable, pg.QueryCanceled)):
+            await executor.run(statement)
+    assert await rows(executor, "SELECT 1 AS one") == [{"one": 1}]
+
+
 async def test_a_read_only_statement_may_not_write(executor: Executor) -> None:
     for query in (
         "INSERT INTO item VALUES ('a', 1)",
