@@ -106,21 +106,25 @@ class Dsn:
         """Role name, empty if the DSN leaves it to libpq."""
         return str(self._params.get("user", ""))
 
+    def secret(self) -> str:
+        """The password as it is written: a reference, an encrypted or a plain one. For storing, never for showing."""
+        return str(self._params.get("password") or "")
+
     @property
     def plain_password(self) -> bool:
         """Whether it holds a password as it is, neither a reference nor encrypted."""
-        password = str(self._params.get("password") or "")
+        password = self.secret()
         return bool(password) and not password.startswith(_REFERENCES)
 
     @property
     def encrypted_password(self) -> bool:
         """Whether it holds an encrypted password."""
-        return str(self._params.get("password") or "").startswith("enc:")
+        return self.secret().startswith("enc:")
 
     @property
     def slow(self) -> bool:
         """Whether `conninfo` reads a file or runs a program: not for the thread of an event loop."""
-        return str(self._params.get("password") or "").startswith(_READ)
+        return self.secret().startswith(_READ)
 
     def bound(self) -> dict[str, str]:
         """What an encrypted password is bound to: the parameters that say who gets it and how it is sent.
@@ -165,11 +169,10 @@ class Dsn:
 
     def refused(self) -> None:
         """A server refused the password: a program that gave it is asked anew the next time."""
-        password = str(self._params.get("password") or "")
-        if password.startswith("exec:"):
+        if self.secret().startswith("exec:"):
             from shardlib.secrets.command import forget
 
-            forget(password[5:])
+            forget(self.secret()[5:])
 
     def safe(self) -> str:
         """`postgresql://user@host:port/dbname` without what is not given, and without any secret."""

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from shardlib.catalog import Catalog, open_catalog
 from shardlib.errors import InvalidArgument
+from shardlib.secrets.keys import read_keys
 from shardlib_ops.api.changes import Changes
 from shardlib_ops.api.cluster import Cluster
 from shardlib_ops.api.document import install_document
@@ -69,7 +70,9 @@ def create_app(
         verifier = verifier_for(settings.auth, settings.manager, denied=denied, endpoints=settings.endpoints)
         owned.append(verifier)
     if manager is None:
-        manager = Manager(settings.catalog, timeout_s=CATALOG_S)
+        if settings.endpoints.plain_passwords == "encrypt":
+            read_keys()  # without one, say so now and not at the first request
+        manager = Manager(settings.catalog, timeout_s=CATALOG_S, plain_passwords=settings.endpoints.plain_passwords)
         owned.append(manager)
     if audit is None:
         audit = Audit(open_audit(settings.audit.url, catalog))

@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import Sequence
 
 from shardlib.catalog import Catalog
+from shardlib.dsn import Dsn
 from shardlib.errors import InvalidArgument
 from shardlib.topology import Topology
 from shardlib_ops.api.answers import JobAnswer, job_answer
 from shardlib_ops.manager.manager import Manager
+from shardlib_ops.manager.passwords import kept
 from shardlib_ops.reshard.job import Job, Wish
 from shardlib_ops.reshard.progress.model import JobProgress
 from shardlib_ops.reshard.store import JobStore
@@ -44,6 +46,8 @@ class Cluster:
         for place, text in named:
             try:
                 await allowed_endpoint_async(text, self._endpoints)
+                if self._endpoints.plain_passwords == "refuse":
+                    kept(Dsn(text), "refuse")
             except InvalidArgument as error:
                 raise InvalidArgument(place, error.value, error.allowed) from None
 
@@ -57,6 +61,10 @@ class Cluster:
     def _beside(self, job: Job) -> tuple[Wish, JobProgress | None]:
         wish = Wish.RUN if job.status.over else self._jobs.wish(job.id)
         return wish, self._jobs.progress(job.id)
+
+    def progress(self, job: Job) -> JobProgress | None:
+        """How far a job was when its runner wrote that down last. Blocks."""
+        return self._jobs.progress(job.id)
 
     async def wish(self, job_id: int) -> tuple[Wish, int | None]:
         """What was asked of a job last, and the revision of that."""

@@ -20,8 +20,11 @@ __all__ = ["CreateShard", "DeleteShard", "PromoteShard", "made_since"]
 
 def made_since(topology: Topology, next_shard: int, name: str, primary: str) -> Shard | None:
     """The shard of this name and primary that was made since `next_shard` was the next number; None if none was."""
+    named = Dsn(primary)
     for shard in topology.shards:
-        if shard.name == name and highest_number([shard]) >= next_shard and shard.primary == Dsn(primary):
+        # Of a password that was encrypted on the way in, the text is another each time.
+        same = shard.primary == named or (shard.primary.encrypted_password and shard.primary.bound() == named.bound())
+        if same and shard.name == name and highest_number([shard]) >= next_shard:
             return shard
     return None
 

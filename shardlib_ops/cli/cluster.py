@@ -50,13 +50,16 @@ def create(
             show_default=False,
         ),
     ] = None,
+    encrypt: Annotated[
+        bool, typer.Option("--encrypt", help="Encrypt passwords in plain text; SHARDLIB_SECRET_KEY_FILE has the key.")
+    ] = False,
     timeout: Annotated[int, typer.Option(help="Seconds to reach each server.")] = 10,
     as_json: given.AsJson = False,
 ) -> None:
     """Prepare databases as shards and publish the first topology in an empty catalog.
 
     Nothing is touched before every server was reached, and a failure takes back what was prepared. A password may be
-    a reference (env:NAME, file:/path), which is then what the catalog holds.
+    a reference (env:NAME, file:/path, exec:NAME), which is then what the catalog holds, or be encrypted.
     """
     from contextlib import closing
 
@@ -67,7 +70,7 @@ def create(
     given.lasting(catalog)
     if timeout < 1:
         raise InvalidArgument("timeout", timeout, "at least 1 second")
-    shards = _shards(shard, replica or [], vnode_count or [])
+    shards = _shards(shard, replica or [], vnode_count or [], encrypt=encrypt)
     with closing(open_catalog(catalog, timeout_s=float(timeout))) as opened:
         made = create_cluster(
             opened, shards, hash_function=hash_function, app_roles=app_role or [], connect_timeout_s=timeout
@@ -75,7 +78,7 @@ def create(
         _show(made, opened.safe_url, as_json=as_json)
 
 
-def _shards(shards: list[str], replicas: list[str], counts: list[str]) -> list[NewShard]:
+def _shards(shards: list[str], replicas: list[str], counts: list[str], *, encrypt: bool) -> list[NewShard]:
     """What the options say of the shards.
 
     Raises:
@@ -85,17 +88,19 @@ def _shards(shards: list[str], replicas: list[str], counts: list[str]) -> list[N
     from shardlib.dsn import Dsn
     from shardlib.errors import InvalidArgument
     from shardlib_ops.manager.bootstrap import NewShard
+    from shardlib_ops.manager.passwords import kept, plain_passwords
 
+    rule = plain_passwords("encrypt" if encrypt else None)
     primaries: dict[str, Dsn] = {}
     for text in shards:
         name, dsn = given.named("shard", text)
         if name in primaries:
             raise InvalidArgument("shard", f"{name}=...", "each shard once; name its replicas with --replica")
-        primaries[name] = Dsn(dsn)
+        primaries[name] = kept(Dsn(dsn), rule, "shard")
     followers: dict[str, list[Dsn]] = {name: [] for name in primaries}
     for text in replicas:
         name, dsn = given.named("replica", text)
-        followers[_known("replica", name, primaries)].append(Dsn(dsn))
+        followers[_known("replica", name, primaries)].append(kept(Dsn(dsn), rule, "replica"))
     weights = dict.fromkeys(primaries, _VNODES)
     # A count for all first, wherever it stands: one shard's own goes before it.
     for text in sorted(counts, key=lambda one: "=" in one):

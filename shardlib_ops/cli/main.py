@@ -25,6 +25,7 @@ from shardlib_ops.cli import (
     resharder,
     ring,
     schema,
+    secret,
     shard,
     token,
 )
@@ -44,6 +45,7 @@ app.add_typer(ring.app, name="ring")
 app.add_typer(reshard.app, name="reshard")
 app.add_typer(resharder.app, name="resharder")
 app.add_typer(schema.app, name="schema")
+app.add_typer(secret.app, name="secret")
 app.add_typer(audit.app, name="audit")
 app.add_typer(manager.app, name="manager")
 app.add_typer(gateway.app, name="gateway")

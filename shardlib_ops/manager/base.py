@@ -11,6 +11,8 @@ from shardlib.catalog import Catalog, open_catalog
 from shardlib.dsn import Dsn
 from shardlib.errors import InvalidTopology
 from shardlib.topology import Shard, Topology
+from shardlib_ops.manager.passwords import PlainPasswords, kept
+from shardlib_ops.manager.passwords import plain_passwords as plain_rule
 from shardlib_ops.manager.promote.record import Promotion, PromotionStore
 from shardlib_ops.reshard.check import Fault
 from shardlib_ops.reshard.job import Job
@@ -28,9 +30,11 @@ class Base:
     Args:
         url: the catalog, such as `etcd://127.0.0.1:2379/shop`.
         timeout_s: limit for one answer of the catalog, in seconds.
+        plain_passwords: as for `Manager`.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 5.0) -> None:
+    def __init__(self, url: str, *, timeout_s: float = 5.0, plain_passwords: PlainPasswords | None = None) -> None:
+        self._plain_passwords = plain_rule(plain_passwords)
         self._catalog: Catalog = open_catalog(url, timeout_s=timeout_s)
         self._jobs = JobStore(self._catalog)
         self._promotions = PromotionStore(self._catalog)
@@ -46,6 +50,10 @@ class Base:
     async def close(self) -> None:
         """Close the catalog; idempotent."""
         await asyncio.to_thread(self._catalog.close)
+
+    async def _kept(self, dsn: Dsn, place: str) -> Dsn:
+        """An endpoint that somebody named, as the catalog is to hold it."""
+        return await asyncio.to_thread(kept, dsn, self._plain_passwords, place)
 
     async def topology(self) -> Topology:
         """The topology as it is now.

@@ -157,7 +157,7 @@ class Promotions(Base):
             InvalidTopology: it is no replica of that primary, or a server of another shard, or a promotion is open.
             ShardUnavailable: it does not answer.
         """
-        replica = Dsn(endpoint)
+        replica = await self._kept(Dsn(endpoint), "endpoint")
         found = (await self.topology()).shard(shard)
         async with self._promoting(found) as lease:
             await self._refuse_open(found)

@@ -58,7 +58,9 @@ class Shards(Base):
             ShardUnavailable: the primary cannot be reached.
             UnsupportedOperation: it is a replica, or too old.
         """
-        new = NewShard(name, Dsn(primary_endpoint), [Dsn(text) for text in replicas], vnode_count)
+        primary = await self._kept(Dsn(primary_endpoint), "primary_endpoint")
+        followers = [await self._kept(Dsn(text), "replicas") for text in replicas]
+        new = NewShard(name, primary, followers, vnode_count)
         return await asyncio.to_thread(self._create_shard, new)
 
     def _create_shard(self, new: NewShard) -> Shard:

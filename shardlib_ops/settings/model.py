@@ -224,6 +224,8 @@ class EndpointSettings(Section):
         sockets: whether a folder of Unix sockets may be named.
         parameters: libpq parameters that a DSN may have. `passfile` and `service`, say, would read files of the server.
         references: how a password that is a reference must begin.
+        plain_passwords: what becomes of a password in plain text: `allow` stores it, `encrypt` stores it encrypted
+            under the first key of the manager, `refuse` does neither.
         sslmodes: one of which a DSN must have, unless it leads to this machine; empty allows any. While the manager
             itself speaks TLS, `load_settings` makes it `verify-full` if nothing is said.
     """
@@ -239,6 +241,7 @@ class EndpointSettings(Section):
         "tcp_user_timeout", "user",
     )  # fmt: skip
     references: Words = ("env:SHARDLIB_SECRET_", "file:/run/secrets/")
+    plain_passwords: Literal["allow", "encrypt", "refuse"] = "allow"
     sslmodes: Words = ()
 
 
