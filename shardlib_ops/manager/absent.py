@@ -13,9 +13,10 @@ from shardlib.dsn import scrub
 from shardlib.errors import ShardUnavailable
 from shardlib.key.composite import SEPARATOR
 from shardlib.token import hash_of
-from shardlib.topology import Table, Topology
+from shardlib.topology import Topology
 from shardlib_ops.reshard.connect import connect
 from shardlib_ops.reshard.rows import TableShape, read_shapes
+from shardlib_ops.reshard.shape import present
 from shardlib_ops.reshard.together import together
 
 __all__ = ["absent_notes", "keys_without_rows"]
@@ -23,7 +24,6 @@ __all__ = ["absent_notes", "keys_without_rows"]
 _LOOK_S: Final = 30.0
 _SHOWN: Final = 20
 """So many keys are named one by one."""
-_FOUND: Final = "SELECT to_regclass(format('%%I.%%I', %s::text, %s::text)) IS NOT NULL"
 
 
 async def keys_without_rows(topology: Topology, keys: Mapping[bytes, object]) -> list[object]:
@@ -63,24 +63,15 @@ async def _on_shard(topology: Topology, shard_id: str, keys: Sequence[bytes]) ->
             asyncio.timeout(_LOOK_S),
             await connect(shard.primary, shard=shard.name, application="shardlib check") as conn,
         ):
-            for shape in await read_shapes(conn, await _there(conn, topology.tables)):
+            # A shard that never got rows may lack tables.
+            sharded = [table for table in topology.tables if not table.reference]
+            for shape in await read_shapes(conn, await present(conn, sharded)):
                 found |= await _in_table(conn, shape, [key for key in keys if key not in found])
     except TimeoutError:
         raise ShardUnavailable(shard.name, f"whether keys have rows was not known within {_LOOK_S:g} s") from None
     except psycopg.Error as error:
         raise ShardUnavailable(shard.name, scrub(str(error).strip(), shard.primary.reveal())) from None
     return found
-
-
-async def _there(conn: AsyncConnection[Any], tables: Sequence[Table]) -> list[Table]:
-    """The sharded tables that the database has; a shard that never got rows may have none."""
-    there = []
-    for table in tables:
-        if not table.reference:
-            row = await (await conn.execute(_FOUND, (table.schema or "public", table.name))).fetchone()
-            if row is not None and row[0]:
-                there.append(table)
-    return there
 
 
 async def _in_table(conn: AsyncConnection[Any], shape: TableShape, keys: Sequence[bytes]) -> set[bytes]:

@@ -24,6 +24,7 @@ from shardlib_ops.reshard.lines import line_filter, whole_lines
 from shardlib_ops.reshard.link import Link
 from shardlib_ops.reshard.reader import Reader, find_psql, open_reader, take_snapshot
 from shardlib_ops.reshard.rows import TableShape
+from shardlib_ops.reshard.stream.decode import lsn_number
 from shardlib_ops.reshard.stream.recent import Recent
 from shardlib_ops.reshard.validate.digest import Key, KeyList, Keys, listed, load_keys
 from shardlib_ops.reshard.validate.lately import compare_lately
@@ -101,13 +102,13 @@ async def compare_changed(link: Link, stream: Held, tables: Tables, *, since: st
     Raises:
         Mismatch: as `compare_whole`.
     """
-    number = _lsn(since)
+    number = lsn_number(since)
     stream.recent.forget(number)
     async with _both(link, stream, export, keys=False) as (lsn, here, there, _):
         keys = await _keys_at(link, there, since)
         changed = stream.recent.after(number)
         found = await compare_lately(here, there, tables, keys, lsn, changed=changed, whole=_WHOLE_RUNNING)
-    return replace(found, left=stream.recent.count(_lsn(lsn)))
+    return replace(found, left=stream.recent.count(lsn_number(lsn)))
 
 
 async def compare_closed(
@@ -135,7 +136,7 @@ async def compare_closed(
     Raises:
         Mismatch: as `compare_whole`.
     """
-    changed = None if recent is None else recent.after(_lsn(since))
+    changed = None if recent is None else recent.after(lsn_number(since))
     async with origin_conn.transaction(), sink_conn.transaction():
         keys = await _keys_at(link, sink_conn, since)
         if keys:
@@ -157,8 +158,8 @@ async def _both(
             stack.push_async_callback(reader.close)
         # Still before the snapshot is made: the applier must not be past its point.
         async with stream.standstill(timeout_s=_HOLD_S) as still, export() as snapshot:
-            await still.at(_lsn(snapshot.lsn), timeout_s=_HOLD_S)
-            stream.recent.begin(_lsn(snapshot.lsn))
+            await still.at(lsn_number(snapshot.lsn), timeout_s=_HOLD_S)
+            stream.recent.begin(lsn_number(snapshot.lsn))
             await there.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
             await there.execute("SELECT 1")  # takes the snapshot
             await here.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
@@ -171,11 +172,6 @@ async def _both(
         yield lsn, here, there, reader
         for conn in (here, there):
             await conn.execute("ROLLBACK")
-
-
-def _lsn(text: str) -> int:
-    high, _, low = text.partition("/")
-    return int(high, 16) << 32 | int(low, 16)
 
 
 def _all_keys(link: Link) -> Keys:
