@@ -14,8 +14,8 @@ from shardlib_ops.reshard.plan import Plan
 from shardlib_ops.reshard.progress.model import JobProgress
 
 __all__ = [
-    "JobAnswer", "JobPage", "LegAnswer", "PlanAnswer", "ProblemAnswer", "ShardAnswer", "ShardPage", "job_answer",
-    "plan_answer", "shard_answer", "tag_of",
+    "JobAnswer", "JobPage", "LegAnswer", "PlanAnswer", "ProblemAnswer", "ProgressAnswer", "PromotionAnswer",
+    "RingAnswer", "ShardAnswer", "ShardPage", "job_answer", "plan_answer", "shard_answer", "tag_of",
 ]  # fmt: skip
 
 _SERVED_BY_TARGETS: Final = frozenset({Status.VALIDATION, Status.COMPLETED})
@@ -49,6 +49,7 @@ class ShardPage(Answer):
     items: list[ShardAnswer]
     next_cursor: str | None = Field(description="give it as `cursor` for what comes next; null at the end")
     topology_version: int
+    cluster_id: str
 
 
 class Party(Answer):
@@ -109,14 +110,83 @@ class JobPage(Answer):
     next_cursor: str | None = Field(description="give it as `cursor` for what comes next; null at the end")
 
 
+class PlannedLegAnswer(LegAnswer):
+    """Ranges that a job would move."""
+
+    share_of_source: float = Field(description="part of the source's tokens, 0 to 1")
+
+
 class PlanAnswer(Answer):
     """What a job would do, of a dry run."""
 
     dry_run: bool = True
     type: str
-    legs: list[LegAnswer]
+    legs: list[PlannedLegAnswer]
     in_the_way: list[str] = Field(description="what has to be mended first")
     notes: list[str] = Field(description="what is good to know")
+
+
+class RingShareAnswer(Answer):
+    """What one shard owns."""
+
+    id: str
+    name: str
+    vnode_count: int
+    vnodes_owned: int
+    share_of_all: float = Field(description="part of all tokens, 0 to 1")
+    ranges: list[tuple[str, str]] = Field(description="first and last token of each, in 16 hexadecimal digits")
+
+
+class GateAnswer(Answer):
+    """A gate of a shard."""
+
+    number: int
+    shard: str = Field(description="id of its shard")
+    ranges: int = Field(description="how many of its own; 0: it is for everything else that the shard owns")
+    share_of_all: float | None
+
+
+class MoveAnswer(Answer):
+    """Ranges on their way."""
+
+    job: int
+    source: str
+    target: str
+    state: str = Field(description="`copying`, or `switched`: the target serves them")
+    ranges: int
+    share_of_all: float
+
+
+class RingAnswer(Answer):
+    """The ring at one version of the topology."""
+
+    cluster_id: str
+    version: int
+    hash_function: str
+    virtual_nodes: int
+    shards: list[RingShareAnswer]
+    gates: list[GateAnswer]
+    moves: list[MoveAnswer]
+
+
+class PromotionAnswer(Answer):
+    """The last promotion of a shard."""
+
+    id: str
+    name: str
+    stage: str = Field(description="`prepared`, `closing`, `promoting`, `switched`, `done` or `undone`")
+    old: str = Field(description="the primary that steps down, without its password")
+    new: str = Field(description="the replica that takes over, without its password")
+    pause_s: float | None = Field(description="seconds that the shard was closed")
+    error: str | None = Field(description="why it came to nothing, or what is left to do by hand")
+
+
+class ProgressAnswer(Answer):
+    """How far a job is."""
+
+    progress: dict[str, Any] | None = Field(
+        description="`tables`, `streams`, `waiting`, `warnings` and more; null while no runner has told"
+    )
 
 
 class Fault(Answer):
@@ -188,7 +258,10 @@ def plan_answer(topology: Topology, plan: Plan, names: dict[str, str]) -> PlanAn
     """A plan; `names` are those of the shards that it would make, by the ids that they would get."""
     return PlanAnswer(
         type=plan.kind.value,
-        legs=[_leg(topology, one.leg, names) for one in plan.legs],
+        legs=[
+            PlannedLegAnswer(**dict(_leg(topology, one.leg, names)), share_of_source=one.share_of_source)
+            for one in plan.legs
+        ],
         in_the_way=list(plan.in_the_way),
         notes=list(plan.notes),
     )

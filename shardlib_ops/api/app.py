@@ -18,6 +18,7 @@ from shardlib_ops.api.cluster import Cluster
 from shardlib_ops.api.document import install_document
 from shardlib_ops.api.idempotency import IdempotencyKeys
 from shardlib_ops.api.job_routes import job_routes
+from shardlib_ops.api.look_routes import look_routes
 from shardlib_ops.api.refused import install_refusals
 from shardlib_ops.api.requests import Services
 from shardlib_ops.api.shard_routes import shard_routes
@@ -109,6 +110,7 @@ def create_app(
     services = Services(Cluster(manager, catalog, settings.endpoints), changes, settings.limits.page_max)
     app.include_router(shard_routes(services))
     app.include_router(job_routes(services))
+    app.include_router(look_routes(services))
     app.include_router(health_router(HealthChecks(_checks(catalog, audit))))
     app.add_middleware(Shell, guard=guard, limits=settings.limits, server=settings.manager, metrics=metrics)
     app.state.registry = metrics.registry

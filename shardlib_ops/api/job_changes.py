@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from shardlib.dsn import Dsn
-from shardlib.errors import InvalidTopology
+from shardlib.errors import InvalidTopology, ShardlibError
 from shardlib.key.encode import encode_key
 from shardlib.token import hash_of
 from shardlib.topology import Topology
@@ -25,10 +25,11 @@ from shardlib_ops.api.models import (
     Steps,
 )
 from shardlib_ops.api.shard_changes import made_since
+from shardlib_ops.manager.absent import absent_notes
 from shardlib_ops.manager.manager import Target
 from shardlib_ops.reshard.job import Job, Kind, Wish
 from shardlib_ops.reshard.plan import Plan
-from shardlib_ops.serving.problem import problem
+from shardlib_ops.serving.problem import problem, public_text
 
 __all__ = ["MakeJob", "SteerJob"]
 
@@ -87,7 +88,7 @@ class MakeJob:
         """See `Change.apply`."""
         made = await self._make(self._targets)
         if isinstance(made, Job):
-            return await self._made(made)
+            return await self._made(made, await self._without_rows())
         topology = await self._cluster.manager.topology()
         new = [target["name"] for target in self._targets if "shard_id" not in target]
         names = {f"s{number}": name for number, name in enumerate(new, topology.next_shard)}
@@ -149,8 +150,19 @@ class MakeJob:
                 raise TypeError(type(body).__name__)
         return made
 
-    async def _made(self, job: Job) -> Done:
+    async def _without_rows(self) -> list[str]:
+        """Warnings of keys that no row has: they are moved, and may be mistyped."""
+        if not isinstance(self._body, MoveKeysBody):
+            return []
+        try:
+            return list(absent_notes(await self._cluster.manager.keys_without_rows(self._body.keys)))
+        except ShardlibError as error:
+            return [public_text(f"whether rows have the keys is not known: {error}")]
+
+    async def _made(self, job: Job, warnings: Sequence[str] = ()) -> Done:
         answer = await self._cluster.job(job)
+        if warnings:
+            answer = answer.model_copy(update={"warnings": [*answer.warnings, *warnings]})
         return Done(202, answer, path=f"/reshard/jobs/{job.id}", told={"job": job.id})
 
 

@@ -78,6 +78,7 @@ def shard_routes(services: Services) -> APIRouter:
             items=[shard_answer(topology, shard) for shard in shown],
             next_cursor=following,
             topology_version=topology.version,
+            cluster_id=topology.cluster_id,
         )
         return json_answer(found, if_none_match)
 

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from shardlib.dsn import Dsn
 from shardlib.errors import UnsupportedOperation
 from shardlib_ops.client.base import Begun, Told
 from shardlib_ops.client.errors import ManagerRefused
@@ -20,6 +21,7 @@ from shardlib_ops.client.views import (
     ShardsView,
     ShardView,
 )
+from shardlib_ops.manager.bootstrap import NewShard
 from shardlib_ops.manager.promote import Rejoin
 from shardlib_ops.manager.ring import RingView
 from shardlib_ops.reshard.progress.model import JobProgress
@@ -87,6 +89,7 @@ class HttpClient:
         self, name: str, *, primary_endpoint: str, replicas: Sequence[str], vnode_count: int
     ) -> ShardView:
         """See `Client`."""
+        NewShard(name, Dsn(primary_endpoint), [Dsn(each) for each in replicas], vnode_count)  # said here as there
         body = {
             "name": name,
             "primary_endpoint": primary_endpoint,
@@ -116,34 +119,33 @@ class HttpClient:
         return self._as(PromotionView, await self._link.get(f"{_of_shard(shard)}/promotion"))
 
     async def check_promotion(self, shard: str, replica: str | None, *, max_lag_bytes: int) -> list[FaultView]:
-        """See `Client`."""
-        body = {"replica_endpoint": replica, "max_lag_bytes": max_lag_bytes}
-        found = await self._link.post(f"{_of_shard(shard)}/promote/check", body)
-        return self._as(list[FaultView], found["faults"])
+        """No call of a manager does that."""
+        raise _without("shard promote --check")
 
     async def resume_promotion(self, shard: str, *, rejoin: Rejoin | None, on_step: Told | None) -> PromotionView:
-        """See `Client`."""
-        _no_rejoin(rejoin)
-        return self._as(PromotionView, await self._link.post(f"{_of_shard(shard)}/promote/resume"))
+        """No call of a manager does that: it does so by itself when the same request comes again."""
+        raise _without("shard promote --resume")
 
     async def add_replica(self, shard: str, endpoint: str) -> ShardView:
-        """See `Client`."""
-        return self._shard(await self._link.post(f"{_of_shard(shard)}/replicas", {"endpoint": endpoint}))
+        """No call of a manager does that."""
+        raise _without("shard add-replica")
 
     async def remove_replica(self, shard: str, endpoint: str) -> ShardView:
-        """See `Client`."""
-        return self._shard(await self._link.post(f"{_of_shard(shard)}/replicas/remove", {"endpoint": endpoint}))
+        """No call of a manager does that."""
+        raise _without("shard remove-replica")
 
     # -- jobs -----------------------------------------------------------------------------------------------------
 
     async def plan(self, kind: str, arguments: Mapping[str, Any]) -> PlanView:
         """See `Client`."""
-        found = await self._link.post(_planner(kind), {**_body(kind, arguments), "dry_run": True})
+        found = await self._link.post(
+            _planner(kind), {**_body(kind, arguments), "dry_run": True}, given=_given(arguments)
+        )
         return self._as(PlanView, _named("plan", found))
 
     async def begin(self, kind: str, arguments: Mapping[str, Any]) -> Begun:
         """See `Client`."""
-        found = await self._link.post(_planner(kind), _body(kind, arguments))
+        found = await self._link.post(_planner(kind), _body(kind, arguments), given=_given(arguments))
         return Begun(self._job(found), tuple(map(str, found.get("warnings", ()))))
 
     async def jobs(self) -> list[JobView]:
@@ -201,6 +203,13 @@ def _body(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in arguments.items() if value is not None}
 
 
+def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as an error names them."""
+    targets = arguments.get("targets") or [one for one in [arguments.get("target")] if one]
+    names = ", ".join(str(one.get("shard_id") or one.get("name")) for one in targets)
+    return {**arguments, "target": names, "targets": names}
+
+
 def _planner(kind: str) -> str:
     return f"/reshard/{kind.replace('_', '-')}"
 
@@ -215,6 +224,8 @@ def _of_job(job_id: int) -> str:
 
 def _no_rejoin(rejoin: Rejoin | None) -> None:
     if rejoin is not None:
-        raise UnsupportedOperation(
-            "a manager runs no --rejoin-command", "this needs --catalog; or rejoin the old primary afterwards"
-        )
+        raise _without("--rejoin-command")
+
+
+def _without(what: str) -> UnsupportedOperation:
+    return UnsupportedOperation(f"a manager does not do this: {what}", "it needs --catalog")

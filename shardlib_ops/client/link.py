@@ -98,10 +98,12 @@ class Link:
         """The JSON of an answer."""
         return await self._send("GET", path, params=params)
 
-    async def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """Ask for something, once; the JSON of the answer."""
+    async def post(
+        self, path: str, body: Mapping[str, Any] | None = None, *, given: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Ask for something, once; the JSON of the answer. `given` are values that an error may name besides."""
         self._posts += 1
-        return await self._send("POST", path, body=body, key=f"{self._command}-{self._posts}")
+        return await self._send("POST", path, body=body, key=f"{self._command}-{self._posts}", given=given)
 
     async def delete(self, path: str) -> None:
         """Ask that something is taken away."""
@@ -115,6 +117,7 @@ class Link:
         params: Mapping[str, Any] | None = None,
         body: Mapping[str, Any] | None = None,
         key: str | None = None,
+        given: Mapping[str, Any] | None = None,
     ) -> Any:
         asked, failed_at, pause_s, lost, renewed = f"{method} {path}", 0.0, PAUSE_S, False, False
         while True:
@@ -140,7 +143,9 @@ class Link:
                 content = _content(answer)
                 if method == "DELETE" and lost and answer.status_code == httpx.codes.NOT_FOUND:
                     return None  # an answer that was lost had done it
-                last = error_of(self.url, answer.status_code, content, asked=asked, given=body)
+                last = error_of(
+                    self.url, answer.status_code, content, asked=asked, given={**(given or {}), **(body or {})}
+                )
                 after = answer.headers.get("Retry-After", "")
                 if not passing(answer.status_code, content, retry_after=bool(after)):
                     raise last
