@@ -16,10 +16,11 @@ from shardlib_ops.auth.model import Identity, Unauthenticated
 
 __all__ = ["DOCUMENT", "Denied", "DeniedEntry", "allow", "denied_entries", "deny"]
 
-_LOG = logging.getLogger("shardlib_ops.auth")
+_LOG = logging.getLogger("shardlib.ops.auth")
 
 DOCUMENT: Final = "auth/denied"
 ENTRIES_MAX: Final = 5000
+FIRST_WAIT_S: Final = 10.0
 WAIT_S: Final = 1.0
 """How long a request waits for the list while an older one is here, in seconds."""
 
@@ -101,7 +102,7 @@ class Denied:
             self._reading = asyncio.get_running_loop().create_task(self._read())
         # A catalog that has just not answered must not slow every request down.
         if self._reading is not None and not (usable and now - self._failed_at < AWAY_S):
-            await asyncio.wait([self._reading], timeout=WAIT_S if usable else None)
+            await asyncio.wait([self._reading], timeout=WAIT_S if usable else FIRST_WAIT_S)
         if self._monotonic() - self._read_at > self._stale_max_s:
             raise Unauthenticated("denied-list-unavailable", unavailable=True)
 
@@ -111,6 +112,9 @@ class Denied:
         except (CatalogUnavailable, InvalidTopology) as error:
             self._failed_at = self._monotonic()
             _LOG.warning("the list of denied tokens cannot be read: %s", error)
+        except Exception:  # noqa: BLE001 - whatever it was: the list that is here counts on until it is too old
+            self._failed_at = self._monotonic()
+            _LOG.exception("the list of denied tokens cannot be read")
         else:
             self._tokens = frozenset(each.token_id for each in entries) - {None}
             self._subjects = frozenset(each.subject for each in entries) - {None}

@@ -19,7 +19,7 @@ from shardlib_ops.settings import AuthSettings, EndpointSettings, allowed_endpoi
 
 __all__ = ["Jwks"]
 
-_LOG = logging.getLogger("shardlib_ops.auth")
+_LOG = logging.getLogger("shardlib.ops.auth")
 
 FETCH_S: Final = 5.0
 BYTES_MAX: Final = 256 * 1024

@@ -203,7 +203,7 @@ class Promotions(Base):
         if lease is None:
             raise InvalidTopology(
                 f"another manager is at work on the servers of shard {shard.name!r}",
-                f"wait for it; if it has died, its lease ends within {_LEASE_S:g} s",
+                f"wait for it; if it has died, its lease ends by itself, after {_LEASE_S:g} s unless it asked for more",
             )
         try:
             yield lease

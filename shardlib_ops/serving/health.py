@@ -15,7 +15,7 @@ from shardlib_ops.serving.identity import anybody
 
 __all__ = ["Health", "HealthChecks", "health_router"]
 
-_LOG = logging.getLogger("shardlib_ops.serving")
+_LOG = logging.getLogger("shardlib.ops.serving")
 
 CHECK_S: Final = 3.0
 KEEP_S: Final = 1.0

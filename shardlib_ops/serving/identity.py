@@ -26,7 +26,7 @@ from shardlib_ops.settings import LimitSettings
 
 __all__ = ["Guard", "Needs", "Refusals", "actor_of", "anybody", "check_routes", "needs", "while_valid"]
 
-_LOG = logging.getLogger("shardlib_ops.serving")
+_LOG = logging.getLogger("shardlib.ops.serving")
 
 ATTRIBUTE: Final = "shardlib_guard"
 SAFE_METHODS: Final = ("GET", "HEAD", "OPTIONS")

@@ -43,7 +43,7 @@ __all__ = [
     "problem_response", "public_text",
 ]  # fmt: skip
 
-_LOG = logging.getLogger("shardlib_ops.serving")
+_LOG = logging.getLogger("shardlib.ops.serving")
 
 MEDIA_TYPE: Final = "application/problem+json"
 TYPE_PREFIX: Final = "urn:shardlib:problem:"

@@ -17,7 +17,7 @@ __all__ = ["BoundedProtocol", "protocol_class"]
 LINGER_S: Final = 2.0
 LINGER_BYTES: Final = 16 * 2**20
 
-_LOG = logging.getLogger("shardlib_ops.serving")
+_LOG = logging.getLogger("shardlib.ops.serving")
 
 
 class _Lingering:

@@ -25,7 +25,7 @@ from shardlib_ops.settings.model import loopback
 
 __all__ = ["Listening", "listen", "serve", "stop_on_signals"]
 
-_LOG = logging.getLogger("shardlib_ops.serving")
+_LOG = logging.getLogger("shardlib.ops.serving")
 
 HEAD_BYTES_MAX: Final = 16 * 1024
 KEEP_ALIVE_S: Final = 15

@@ -24,7 +24,7 @@ from shardlib_ops.settings.model import loopback
 
 __all__ = ["Shell"]
 
-_LOG = logging.getLogger("shardlib_ops.serving")
+_LOG = logging.getLogger("shardlib.ops.serving")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -16,7 +16,7 @@ from shardlib_ops.settings import TlsSettings
 
 __all__ = ["ServerTls"]
 
-_LOG = logging.getLogger("shardlib_ops.serving")
+_LOG = logging.getLogger("shardlib.ops.serving")
 
 _MINIMUM: Final = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 

@@ -160,7 +160,7 @@ async def test_a_client_that_sends_its_body_too_slowly() -> None:
 
 
 async def test_a_client_that_does_not_read_its_answer(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "shardlib_ops.serving")
+    caplog.set_level("INFO", "shardlib.ops.serving")
     async with serving({"write_timeout_s": 0.5}) as (served, at):
 
         @served.app.get("/much", dependencies=[])
