@@ -66,10 +66,6 @@ class Cluster:
         """How far a job was when its runner wrote that down last. Blocks."""
         return self._jobs.progress(job.id)
 
-    def progress(self, job: Job) -> JobProgress | None:
-        """How far a job was when its runner wrote that down last. Blocks."""
-        return self._jobs.progress(job.id)
-
     async def wish(self, job_id: int) -> tuple[Wish, int | None]:
         """What was asked of a job last, and the revision of that."""
         return await asyncio.to_thread(self._wish, job_id)
