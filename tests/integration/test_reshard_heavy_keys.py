@@ -248,6 +248,22 @@ async def test_an_emptied_table_is_compared_whole(heavy: Heavy) -> None:
             await heavy.closed(stream, since)
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_emptying_a_table_changes_every_key(heavy: Heavy, restarted: bool) -> None:
+    stream = heavy.stream()
+    async with heavy.running(stream):
+        since = await heavy.whole(stream)
+        await heavy.a.execute("TRUNCATE item")
+        await heavy.drained(stream)
+    if restarted:
+        stream = heavy.stream()
+    async with heavy.running(stream):
+        assert await heavy.closed(stream, since) == 6
+        await heavy.b.execute("INSERT INTO item VALUES (%s, 1, 0, 'a')", (heavy.light[1],))
+        with pytest.raises(Mismatch, match=repr(heavy.light[1])):
+            await heavy.closed(stream, since)
+
+
 async def tell_plans(conn: AsyncConnection[Any], log: list[str]) -> None:
     """Let the server tell the plan of each query that follows."""
     await conn.execute("LOAD 'auto_explain'")

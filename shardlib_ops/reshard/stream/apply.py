@@ -147,7 +147,7 @@ class Sink:
         fresh = await (await self._keys(list(keys), lsn)).fetchall()
         for part in _around_truncates(changes):
             if part[0][0] == TRUNCATE:
-                await self._emptied(self._of(part[0][1]))
+                await self._emptied(self._of(part[0][1]), lsn)
             else:
                 await self._many(part)
         if last:
@@ -325,8 +325,11 @@ class Sink:
             self._check(done)
             at = end
 
-    async def _emptied(self, table: Statements) -> None:
-        """The origin's table was emptied: delete the rows of the leg's keys here, and of no others."""
+    async def _emptied(self, table: Statements, lsn: int) -> None:
+        """The origin's table was emptied: delete the rows of the leg's keys here, and of no others.
+
+        Each of these keys has changed by it, and is compared again.
+        """
         await self._conn.execute(
             "CREATE TEMP TABLE IF NOT EXISTS shardlib_leg_keys (k text, more text[]) ON COMMIT DELETE ROWS"
         )
@@ -344,6 +347,11 @@ class Sink:
                 )
         await self._conn.execute("SET LOCAL enable_hashjoin = on")
         await self._conn.execute(table.delete_keys.encode())
+        await self._conn.execute(
+            f"UPDATE {name} AS t SET lsn = %s FROM pg_temp.shardlib_leg_keys AS k"
+            " WHERE t.k = k.k AND t.more = k.more".encode(),
+            (lsn_text(lsn),),
+        )
         await self._conn.execute("SET LOCAL enable_hashjoin = off")
 
 
