@@ -43,6 +43,7 @@ from shardlib_ops.reshard.stream import (
     SlotOverBudget,
     watch_slot,
 )
+from shardlib_ops.reshard.stream.origin import columns_of
 from shardlib_ops.reshard.together import first_of, together
 from shardlib_ops.reshard.validate import Tables, compare_changed, compare_closed, compare_whole
 from shardlib_ops.reshard.world import Blocked, Compared, Failure, Flow, Lost, Superseded
@@ -346,6 +347,7 @@ class Servers:
         self.progress.begins("compare")
         stream = self.flow(leg, "forward").stream
         link, export, tables = self.link(leg), self._export(leg), await self._tables(leg)
+        await together(self._unaltered(shard_id) for shard_id in (leg.source, leg.target))
         if since is None:
             found = await compare_whole(link, stream, tables, export=export)
         else:
@@ -353,6 +355,13 @@ class Servers:
         await self._comparing(leg)  # ready for the closed window
         self.progress.begins("stream")
         return Compared(found.lsn, found.keys, found.left)
+
+    async def _unaltered(self, shard_id: str) -> None:
+        """Before each attempt: where nothing was written since, neither stream nor comparison looks at the columns."""
+        side = self._sides[shard_id]
+        shapes = await side.shapes()
+        async with side.using() as conn:
+            await columns_of(conn, shapes, side.shard.name)
 
     async def _tables(self, leg: Leg) -> Tables:
         return Tables(
