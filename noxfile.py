@@ -17,7 +17,7 @@ import nox
 ROOT = Path(__file__).parent
 REPORTS = os.environ.get("SHARDLIB_REPORTS")
 EXAMPLE_TIMEOUT_S = 180
-TESTS_TIMEOUT_S = 1800
+TESTS_TIMEOUT_S = 2700
 SPEC_SKIPPED = 3
 
 nox.needs_version = ">=2024.10"
