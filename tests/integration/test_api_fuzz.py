@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import uuid
 from collections.abc import Iterator
 
@@ -14,8 +12,8 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from shardlib_ops.api import create_app
-from shardlib_ops.serving.server import Listening, serve
 from shardlib_ops.settings import ServerSettings
+from tests.support.in_thread import served_in_thread
 from tests.support.managers import fill, fill_job, manager_settings, token
 from tests.support.topologies import PASSWORD
 
@@ -33,28 +31,8 @@ def url() -> Iterator[str]:
     """Of a manager whose cluster has shards and a job, but no servers."""
     fill(CATALOG)
     fill_job(CATALOG)
-    ready, found = threading.Event(), []
-    loop = asyncio.new_event_loop()
-    stop = asyncio.Event()
-
-    def answers(listening: Listening) -> None:
-        found.append(listening.url)
-        ready.set()
-
-    def run() -> None:
-        with asyncio.Runner(loop_factory=lambda: loop) as runner:
-            app = create_app(SETTINGS)
-            runner.run(serve(app, SETTINGS.manager, stop=stop, limits=SETTINGS.limits, on_ready=answers))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        assert ready.wait(30)
-        yield found[0]
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(30)
-        assert not thread.is_alive()
+    with served_in_thread(lambda: create_app(SETTINGS), SETTINGS.manager, SETTINGS) as found:
+        yield found
 
 
 @schema.parametrize()

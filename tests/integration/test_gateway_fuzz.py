@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -16,9 +14,9 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from shardlib import ShardedEngine
 from shardlib_ops import LocalCluster
 from shardlib_ops.gateway import create_gateway
-from shardlib_ops.serving.server import Listening, serve
 from tests.integration.test_gateway_execute import metadata
 from tests.support.gateways import gateway_settings
+from tests.support.in_thread import served_in_thread
 from tests.support.managers import token
 
 EXAMPLES = 25
@@ -31,34 +29,12 @@ schema = schemathesis.openapi.from_dict(
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """Of a gateway with a shard."""
-    ready, found = threading.Event(), []
-    loop = asyncio.new_event_loop()
-    stop = asyncio.Event()
-
-    def answers(listening: Listening) -> None:
-        found.append(listening.url)
-        ready.set()
-
     with LocalCluster(shards=1) as cluster:
         with ShardedEngine(cluster.url) as engine:
             engine.create_all(metadata)
         settled = gateway_settings(cluster.url, metrics_port=None)
-
-        def run() -> None:
-            with asyncio.Runner(loop_factory=lambda: loop) as runner:
-                runner.run(
-                    serve(create_gateway(settled), settled.gateway, stop=stop, limits=settled.limits, on_ready=answers)
-                )
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        try:
-            assert ready.wait(60)
-            yield found[0]
-        finally:
-            loop.call_soon_threadsafe(stop.set)
-            thread.join(60)
-            assert not thread.is_alive()
+        with served_in_thread(lambda: create_gateway(settled), settled.gateway, settled) as found:
+            yield found
 
 
 @schema.parametrize()
