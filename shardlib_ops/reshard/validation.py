@@ -102,8 +102,11 @@ class Validation:
                 checking.result()
                 if self._may_complete(wish):
                     break
-                if not self._stay and ready([flow.lag_bytes for flow in flows.values()], self._limits) is None:
-                    return True
+                if ready([flow.lag_bytes for flow in flows.values()], self._limits) is None:
+                    if wish is not Wish.CANCEL:
+                        await self._held.note(None)  # what had broken the streams is over
+                    if not self._stay:
+                        return True
                 await self._world.sleep(_LOOK_S)
         return await self._complete_now()
 
