@@ -1,0 +1,1 @@
+"""A dead primary is replaced by one of its replicas, and nothing acknowledged is lost."""
