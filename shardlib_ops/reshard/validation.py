@@ -46,6 +46,7 @@ class Validation:
         self._complete, self._stay = complete, stay
         self._attempts = Attempts(world, held, limits)
         self._streams_broke = False
+        self._orphans: str | None = None
 
     def _flows(self, direction: Direction) -> dict[int, Flow]:
         return {leg.number: self._world.flow(leg, direction) for leg in self._held.job.legs}
@@ -88,13 +89,13 @@ class Validation:
                 if wish is Wish.CANCEL:
                     await self._held.note(_TOO_LATE)
                 elif self._held.job.error == _TOO_LATE:
-                    await self._held.note(None)
+                    await self._held.note(self._orphans)
                 if wish is Wish.ROLLBACK:
                     await sweep(self._world, self._held.job.targets, budget_s=_SWEEP_S)
                     if await self._attempts.until_switched("reverse", flows):
                         await self._held.to(Status.CLEANUP, outcome=Status.ROLLED_BACK, error=None)
                         return False
-                    await self._held.note(None)
+                    await self._held.note(self._orphans)
                     continue
                 if not checking.done():
                     await self._world.sleep(_LOOK_S)
@@ -104,7 +105,7 @@ class Validation:
                     break
                 if ready([flow.lag_bytes for flow in flows.values()], self._limits) is None:
                     if wish is not Wish.CANCEL:
-                        await self._held.note(None)  # what had broken the streams is over
+                        await self._held.note(self._orphans)  # what had broken the streams is over
                     if not self._stay:
                         return True
                 await self._world.sleep(_LOOK_S)
@@ -129,7 +130,8 @@ class Validation:
     async def _check_foreign_keys(self) -> None:
         left = [name for leg in self._held.job.legs for name in await self._foreign_keys(leg)]
         if left:
-            await self._held.note(f"foreign keys that hold on the source do not hold on the target: {', '.join(left)}")
+            self._orphans = f"foreign keys that hold on the source do not hold on the target: {', '.join(left)}"
+            await self._held.note(self._orphans)
 
     async def _foreign_keys(self, leg: Leg) -> tuple[str, ...]:
         return await self._held.obeying(partial(self._world.validate_foreign_keys, leg))
