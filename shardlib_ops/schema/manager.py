@@ -113,9 +113,10 @@ class SchemaManager(Base):
             before = await self._revisions(topology)
             await self._refuse_unstamped(topology, before)
             todo = [shard for shard in topology.shards if before[shard.id] != target]
+            had = [shard.name for shard in topology.shards if before[shard.id] == target]
             if todo:
                 await turn.begin(target)
-            await _while_kept(turn, self._all_of(crew, turn, order, todo, topology, parallel, on_shard))
+                await _while_kept(turn, self._all_of(crew, turn, order, todo, had, topology, parallel, on_shard))
             last = await asyncio.to_thread(change_of, self._catalog)
             if todo or (last is not None and last.open):
                 if not todo:
@@ -137,13 +138,16 @@ class SchemaManager(Base):
         turn: Turn,
         order: Order,
         todo: Sequence[Shard],
+        had: Sequence[str],
         topology: Topology,
         parallel: int,
         told: Told | None,
     ) -> None:
-        """Each of the shards; none is begun after one has failed, and those that are under way then come to an end."""
-        waiting, failed = list(todo), list[MigrationFailed]()
-        done = [shard.name for shard in topology.shards if shard not in todo]
+        """Each of the shards; none is begun after one has failed, and those that are under way then come to an end.
+
+        `had` names the shards that are at the revision already.
+        """
+        waiting, failed, done = list(todo), list[MigrationFailed](), list(had)
 
         async def one(shard: Shard) -> None:
             await turn.look_at_jobs()
@@ -173,7 +177,7 @@ class SchemaManager(Base):
         if len(left) == len(topology.shards) and len(failed) == 1 and not turn.change.done:
             await turn.end(failed=first.shard, error=first.reason)  # no shard has changed: nobody needs to wait
         else:
-            await turn.at(failed=first.shard, error=first.reason)
+            await turn.at(done=tuple(done), failed=first.shard, error=first.reason)
         raise MigrationFailed(first.shard, first.reason, done=done, left=left, way_out=first.way_out)
 
     async def stamp(self, revision: str, *, shards: Sequence[str] = (), wait_s: float = 0.0) -> tuple[str, ...]:
@@ -195,13 +199,19 @@ class SchemaManager(Base):
             target = await self._meant(crew, revision)
             topology = await self.topology()
             chosen = [topology.shard(name) for name in shards] or list(topology.shards)
+            before = await self._revisions(topology)
+            had = [shard.name for shard in topology.shards if before[shard.id] == target]
+            todo = [shard for shard in chosen if shard.name not in had]
             await turn.begin(target)
-            await _while_kept(turn, self._all_of(crew, turn, Order("stamp", revision), chosen, topology, 1, None))
+            order = Order("stamp", revision)
+            await _while_kept(turn, self._all_of(crew, turn, order, todo, had, topology, 1, None))
             found = await self._revisions(topology)
+            done = tuple(shard.name for shard in topology.shards if found[shard.id] == target)
             if len(set(found.values())) == 1:
-                await turn.end(failed=None, error=None)
+                await turn.end(done=done, failed=None, error=None)
             else:
-                await turn.at(failed=None, error="the shards are at several revisions: stamp the others")
+                error = "the shards are at several revisions: stamp the others"
+                await turn.at(done=done, failed=None, error=error)
         return target
 
     async def sql(self, revision: str = "heads") -> tuple[Script, ...]:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -28,8 +27,9 @@ from shardlib_ops.cli.main import app
 from shardlib_ops.manager.manager import Manager
 from shardlib_ops.reshard.job import Status
 from shardlib_ops.reshard.resharder import Resharder
-from shardlib_ops.schema import MigrationFailed, SchemaManager
+from shardlib_ops.schema import BlockingSchemaManager, MigrationFailed, SchemaManager
 from shardlib_ops.schema.turn import change_of
+from tests.support.eventually import eventually, eventually_async
 from tests.support.migrations import Migrations
 
 pytestmark = pytest.mark.timeout(240)
@@ -182,11 +182,12 @@ def applying(cluster: LocalCluster, migrations: Migrations, flag: Path) -> Itera
     command = [sys.executable, "-m", "shardlib_ops.cli.main", "schema", "apply", "--catalog", cluster.url]
     process = subprocess.Popen([*command, "--config", migrations.ini])
     try:
-        until = time.monotonic() + 60
-        while not flag.exists():
+
+        def begun() -> bool:
             assert process.poll() is None, "it has ended before"
-            assert time.monotonic() < until
-            time.sleep(0.05)
+            return flag.exists()
+
+        eventually(begun, 60)
         yield process
     finally:
         process.kill()
@@ -234,10 +235,7 @@ def test_ctrl_c_in_the_middle(cluster: LocalCluster, migrations: Migrations, tmp
     # What ran on the server has ended as well, and let go of its locks.
     running = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'shardlib schema'"
     with connected(cluster, SHARDS[0]) as conn:
-        until = time.monotonic() + 30
-        while conn.execute(running).fetchone() != (0,):
-            assert time.monotonic() < until
-            time.sleep(0.1)
+        eventually(lambda: conn.execute(running).fetchone() == (0,), 30, running)
     assert revisions(cluster) == [None, None, None]
     migrations.add("a2")
     with SchemaManager.sync(cluster.url, config=migrations.ini) as manager:
@@ -289,6 +287,29 @@ def test_tables_without_a_revision(cluster: LocalCluster, migrations: Migrations
             manager.apply()
         assert manager.stamp("a1") == ("a1",)
         assert manager.apply().changed == ()
+
+
+def test_stamping_one_shard_tells_of_that_one_alone(cluster: LocalCluster, migrations: Migrations) -> None:
+    def change(manager: BlockingSchemaManager) -> tuple[tuple[str, ...], bool]:
+        found = manager.status().change
+        assert found is not None
+        return found.done, found.open
+
+    migrations.add("a2")
+    with SchemaManager.sync(cluster.url, config=migrations.ini) as manager:
+        manager.stamp("a1", shards=["shard-02"])
+        assert change(manager) == (("shard-02",), True)
+        assert revisions(cluster) == [None, "a1", None]
+        # Of those that are at another revision none counts as done; one that is at it does, stamped now or before.
+        manager.stamp("a2", shards=["s3"])
+        assert change(manager) == (("shard-03",), True)
+        manager.stamp("a2", shards=["shard-01"])
+        assert change(manager) == (("shard-01", "shard-03"), True)
+        manager.stamp("a2", shards=["shard-01"])
+        assert change(manager) == (("shard-01", "shard-03"), True)
+        manager.stamp("a2")
+        assert change(manager) == (SHARDS, False)
+    assert revisions(cluster) == ["a2", "a2", "a2"]
 
 
 def test_drift_is_found(cluster: LocalCluster, migrations: Migrations) -> None:
@@ -370,9 +391,12 @@ async def test_a_job_waits_for_a_half_done_change(cluster: LocalCluster, migrati
         job = await operator.drain("shard-03")
         async with Resharder(cluster.url) as resharder:
             running = asyncio.create_task(resharder.run(job.id))
-            while "it stopped at shard 'shard-02'" not in ((await operator.get_job(job.id)).error or ""):
+
+            async def waits() -> bool:
                 assert not running.done()
-                await asyncio.sleep(0.2)
+                return "it stopped at shard 'shard-02'" in ((await operator.get_job(job.id)).error or "")
+
+            await eventually_async(waits, 60, every_s=0.2)
             with connected(cluster, SHARDS[1]) as conn:
                 conn.execute("DROP TABLE extra")
             await manager.apply()
