@@ -8,15 +8,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from shardlib_ops.health.controller import HealthController
     from shardlib_ops.local import LocalCluster
     from shardlib_ops.manager.bootstrap import NewShard, create_cluster
     from shardlib_ops.manager.manager import Manager
     from shardlib_ops.reshard.resharder import Resharder
 
-__all__ = ["LocalCluster", "Manager", "NewShard", "Resharder", "create_cluster"]
+__all__ = ["HealthController", "LocalCluster", "Manager", "NewShard", "Resharder", "create_cluster"]
 
 
 def __getattr__(name: str) -> object:
+    if name == "HealthController":
+        from shardlib_ops.health.controller import HealthController
+
+        return HealthController
     if name == "LocalCluster":
         from shardlib_ops.local import LocalCluster
 

@@ -31,7 +31,7 @@ LIBRARY = {
     "__version__",
     "errors",
 }
-OPERATORS = {"LocalCluster", "Manager", "NewShard", "Resharder", "create_cluster"}
+OPERATORS = {"HealthController", "LocalCluster", "Manager", "NewShard", "Resharder", "create_cluster"}
 
 RETRYABLE = {"CatalogUnavailable", "LockTimeout", "PoolTimeout", "ShardUnavailable", "StaleTopology"}
 BASES = {"RetryableError", "ShardlibError"}

@@ -18,6 +18,7 @@ from shardlib_ops.cli import (
     demo,
     doctor,
     gateway,
+    health,
     local,
     manager,
     render,
@@ -44,6 +45,7 @@ app.add_typer(shard.app, name="shard")
 app.add_typer(ring.app, name="ring")
 app.add_typer(reshard.app, name="reshard")
 app.add_typer(resharder.app, name="resharder")
+app.add_typer(health.app, name="health")
 app.add_typer(schema.app, name="schema")
 app.add_typer(secret.app, name="secret")
 app.add_typer(audit.app, name="audit")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from shardlib.topology import Shard
 from shardlib_ops.doctor.finding import Finding, Severity
 from shardlib_ops.doctor.misplaced import misplaced
 from shardlib_ops.doctor.view import View
+from shardlib_ops.health.vitals import AGES, PLACE, SLOTS, disk_usage
 from shardlib_ops.reshard.check.facts import read_server
 from shardlib_ops.reshard.check.server import Needs, server_faults, version_fault
 
@@ -177,7 +177,7 @@ async def transactions(conn: Conn, shard: Shard, view: View) -> list[Finding]:
         what = f"a transaction of {user} ({name or 'no application name'}, {state}) is open for {age_s / 60:.0f} min"
         todo = f"it keeps vacuum, moves and migrations waiting: SELECT pg_terminate_backend({pid})"
         found.append(Finding(Severity.WARNING, "transactions", where, what, todo))
-    row = await (await conn.execute(_AGES)).fetchone()
+    row = await (await conn.execute(AGES)).fetchone()
     if row is not None and max(row) > view.limits.transaction_ids:
         what = f"its oldest transaction id is {max(row):,} transactions old, of {2**31:,} that there are"
         todo = "see why autovacuum does not freeze: long transactions, slots, prepared transactions; VACUUM (FREEZE)"
@@ -189,7 +189,7 @@ async def slots(conn: Conn, shard: Shard, view: View) -> list[Finding]:
     """Slots that keep WAL which nobody reads."""
     ours = tuple(f"shardlib_job_{job.id}_" for job in view.jobs_of(shard.id))
     found = []
-    for name, active, status, held in await (await conn.execute(_SLOTS)).fetchall():
+    for name, active, status, held in await (await conn.execute(SLOTS)).fetchall():
         if name.startswith("shardlib_job_") and not name.startswith(ours):
             continue  # among what is left over
         where = f"shard {shard.name!r}"
@@ -205,23 +205,14 @@ async def slots(conn: Conn, shard: Shard, view: View) -> list[Finding]:
 
 async def disk(conn: Conn, shard: Shard, view: View) -> list[Finding]:
     """Room on the disk, if the server runs on this machine and says where."""
-    row = await (await conn.execute(_PLACE)).fetchone()
+    row = await (await conn.execute(PLACE)).fetchone()
     if row is None or row[0] is None:
         return []
-    usage = _usage(Path(row[0]), int(row[1]))
+    usage = disk_usage(Path(row[0]), int(row[1]))
     if usage is None or usage.free >= usage.total * view.limits.disk_free:
         return []
     what = f"{usage.free / 2**30:.1f} GiB of {usage.total / 2**30:.1f} GiB are free on the disk of {row[0]}"
     return [Finding(Severity.ERROR, "disk", f"shard {shard.name!r}", what, "make room, or move ranges to other shards")]
-
-
-def _usage(folder: Path, port: int) -> Any:
-    """The disk of a data folder, if the server of this port runs in it here."""
-    try:
-        lines = (folder / "postmaster.pid").read_text(encoding="utf-8").splitlines()
-        return shutil.disk_usage(folder) if len(lines) > 3 and lines[3].strip() == str(port) else None
-    except OSError:
-        return None  # another machine, or not ours to look at
 
 
 def _list(numbers: list[int]) -> str:
@@ -268,13 +259,4 @@ _OLD_TRANSACTIONS: Final = """
      WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()
        AND application_name !~ '^shardlib job [0-9]+ '  -- a copy takes as long as it takes
        AND xact_start <= now() - make_interval(secs => %s) ORDER BY xact_start LIMIT 5
-"""
-_AGES: Final = "SELECT age(datfrozenxid), mxid_age(datminmxid) FROM pg_database WHERE datname = current_database()"
-_SLOTS: Final = """
-    SELECT slot_name::text, active, wal_status, coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::float8
-      FROM pg_replication_slots ORDER BY 1
-"""
-_PLACE: Final = """
-    SELECT CASE WHEN pg_has_role('pg_read_all_settings', 'USAGE') THEN current_setting('data_directory') END,
-           current_setting('port')
 """
