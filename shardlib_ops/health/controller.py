@@ -17,6 +17,7 @@ from typing import Final, Self, TypeVar
 from shardlib.catalog import Catalog, Conflict, Lease, open_catalog
 from shardlib.errors import CatalogUnavailable, InvalidArgument, InvalidTopology
 from shardlib.topology import Topology
+from shardlib_ops.failover.external import Promoted
 from shardlib_ops.health.metrics import metrics_text
 from shardlib_ops.health.model import Maintenance, ShardHealth
 from shardlib_ops.health.publish import HealthStore
@@ -246,14 +247,14 @@ class HealthController:
             shard=shard.id,
             name=shard.name,
             status=status,
-            sentence=f"shard {shard.name} is {status.value}: {saw(servers)}; {self._did(kept)}",
+            sentence=f"shard {shard.name} is {status.value}: {saw(servers)}; {self._did(kept, watch.promoted)}",
             maintenance=maintenance,
             servers=servers,
             controller=self._holder,
             at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
-    def _did(self, kept: Maintenance | None) -> str:
+    def _did(self, kept: Maintenance | None, promoted: Promoted | None) -> str:
         if self._away is not None:
             return "nothing is done: the catalog does not answer"
         if kept is not None and kept.on:
@@ -262,6 +263,8 @@ class HealthController:
             )
         if not self.elected:
             return "nothing is done here: another controller is elected"
+        if promoted is not None:
+            return f"nothing is done: {promoted.reason}" + "; put it into the catalog" * (promoted.new is not None)
         return "it is published; a primary is replaced by a person (`shard promote`)"
 
     async def _in_thread(self, call: Callable[[], T]) -> T:

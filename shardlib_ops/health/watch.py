@@ -9,6 +9,7 @@ from typing import Final
 
 from shardlib.dsn import Dsn
 from shardlib.topology import Shard
+from shardlib_ops.failover.external import Promoted, promoted
 from shardlib_ops.failover.sighting import Sighting
 from shardlib_ops.health.model import ServerHealth
 from shardlib_ops.health.probe import Probe, each_server
@@ -45,6 +46,9 @@ class ShardWatch:
         self.seen: dict[Dsn, Sighting] = {}
         self.servers: tuple[ServerHealth, ...] = ()
         self.settled: Settled | None = None
+        self.promoted: Promoted | None = None
+        """Who was promoted by somebody else, if that is seen."""
+        self._before: Sighting | None = None
         self._cluster_id, self._limits, self._clock = cluster_id, limits, clock
         self._interval_s, self._deadline_s = interval_s, deadline_s
         self._probes: dict[Dsn, Probe] = {}
@@ -115,6 +119,11 @@ class ShardWatch:
         replicas = [one for one in self.seen.values() if one is not primary]
         self._positions.add(primary)
         current = primary.answered and not primary.standby
+        if self._before is not None and self._before.endpoint not in each_server(self.shard.primary):
+            self._before = None
+        self.promoted = promoted(primary, replicas, self._before)
+        if current:
+            self._before = primary
         lags = {one.endpoint: self._positions.lag(one) for one in replicas if current}
         late = frozenset(one.endpoint for one in self.servers if one.problem == "is late")
         status, self.servers = assess(primary, replicas, lags, self._limits, shared=shared, late_before=late)

@@ -20,6 +20,7 @@ from shardlib.topology import Shard, Topology
 from shardlib_ops import HealthController, LocalCluster
 from shardlib_ops.health.model import Health, ShardHealth
 from shardlib_ops.health.publish import HealthStore
+from tests.support import failover
 from tests.support.eventually import eventually, eventually_async
 
 pytestmark = pytest.mark.timeout(240)
@@ -196,6 +197,21 @@ async def test_with_the_catalog_away_looks_go_on_and_nothing_is_done(cluster: Lo
             return "the catalog does not answer" not in (await health.turn())[0].sentence
 
         await eventually_async(again, 60, "the catalog is back")
+
+
+async def test_who_was_promoted_by_somebody_else_is_named() -> None:
+    with LocalCluster(shards=1, replicas=1) as cluster:
+        async with HealthController(cluster.url, failures=1) as health:
+            await until(health, Health.HEALTHY)
+            new = await asyncio.to_thread(failover.promote, cluster, "shard-01")
+
+            async def named() -> bool:
+                return f"127.0.0.1:{new.port} takes writes on timeline 2" in (await health.turn())[0].sentence
+
+            await eventually_async(named, 60, "the sentence names the new primary")
+            found = health.shards()[0]
+            assert found.status is Health.UNHEALTHY
+            assert "put it into the catalog" in found.sentence
 
 
 def cli(*words: str) -> subprocess.CompletedProcess[str]:
